@@ -1,0 +1,42 @@
+"""Strict numerics for every test, and a machine of two devices.
+
+Ranks and dtypes that only fit after silent promotion raise here: that is how shape bugs and float64 leaks are found.
+The configuration is the tests', never the library's: `smcdiff` must run under a user's lenient JAX and under this one.
+"""
+
+import os
+from pathlib import Path
+
+# Read when JAX starts its backend, hence before anything here imports it. `setdefault`: a run on a GPU names its own.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Two host devices, so that sharding over particles and chains is tested on any machine.
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _FLAGS:
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=2".strip()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Most of a run is compilation, and most programs are those of the last run: where all are, it took less than half the
+# time (measured). One folder for each worker: JAX does not write entries atomically. `make clean` removes them.
+if jax.config.jax_compilation_cache_dir is None:
+    _CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Turn strict promotion off where a test says that code which is not ours needs it."""
+    if request.node.get_closest_marker("lenient_promotion") is None:
+        yield
+        return
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
