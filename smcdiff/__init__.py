@@ -1,0 +1,49 @@
+"""smcdiff: MCMC and SMC inference with diffusion models, in JAX.
+
+A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
+"""
+
+from smcdiff import analytic, guidance, inverse, nets, schedules, smc
+from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
+from smcdiff.checkpoints import held_out, load, models
+from smcdiff.diffusion import Diffusion, Marginal
+from smcdiff.inverse import InverseProblem
+from smcdiff.mixture import GaussianMixture
+from smcdiff.posterior import posterior
+from smcdiff.reverse import reverse_sample, reverse_transition
+from smcdiff.run import Trace, run
+from smcdiff.schedules import log_snr_times
+from smcdiff.smc import FeynmanKac, SMCResult, run_smc, tds
+from smcdiff.to_arviz import to_arviz
+
+__all__ = [
+    "Diffusion",
+    "EmpiricalDiffusion",
+    "FeynmanKac",
+    "GaussianDiffusion",
+    "GaussianMixture",
+    "GaussianMixtureDiffusion",
+    "InverseProblem",
+    "Marginal",
+    "SMCResult",
+    "Trace",
+    "analytic",
+    "guidance",
+    "held_out",
+    "inverse",
+    "load",
+    "log_snr_times",
+    "models",
+    "nets",
+    "posterior",
+    "reverse_sample",
+    "reverse_transition",
+    "run",
+    "run_smc",
+    "schedules",
+    "smc",
+    "tds",
+    "to_arviz",
+]
+
+__version__ = "0.1.0"

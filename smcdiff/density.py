@@ -1,0 +1,107 @@
+"""What a target can do: the capabilities that samplers ask for.
+
+A density path gives, at each time t, an object with a score, and only where it is honest a log density:
+
+- `HasScore`: ``score(x)``, the gradient of a log density that itself may be unknown (a network);
+- `HasLogDensity`: ``logdensity(x)``, a scalar whose gradient is the score;
+- `HasLogRatio`: ``log_ratio(x_from, x_to)`` = log p(x_to) - log p(x_from).
+
+A sampler names the capability it needs and `require` turns a missing one into a `TypeError` at construction.
+A score passed off as the gradient of a constant would make Metropolis kernels accept wrongly without an error.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float
+
+__all__ = ["DensityPath", "DiffusionModel", "HasLogDensity", "HasLogRatio", "HasScore", "require"]
+
+
+@runtime_checkable
+class HasScore(Protocol):
+    """A target whose score is known."""
+
+    def score(self, x: Float[Array, "*event"]) -> Float[Array, "*event"]:
+        """Gradient of the log density at one sample ``x``."""
+        ...
+
+
+@runtime_checkable
+class HasLogDensity(Protocol):
+    """A target whose log density is known, up to a constant that does not depend on ``x``."""
+
+    def logdensity(self, x: Float[Array, "*event"]) -> Float[Array, ""]:
+        """Log density at one sample ``x``."""
+        ...
+
+
+@runtime_checkable
+class HasLogRatio(Protocol):
+    """A target whose log density differences are known."""
+
+    def log_ratio(self, x_from: Float[Array, "*event"], x_to: Float[Array, "*event"]) -> Float[Array, ""]:
+        """log p(x_to) - log p(x_from) for two samples."""
+        ...
+
+
+@runtime_checkable
+class DensityPath(Protocol):
+    """A path of densities p_t, t from 0 (data) to 1 (noise)."""
+
+    def at(self, t: Float[Array, ""]) -> HasScore:
+        """The density at time ``t``."""
+        ...
+
+
+@runtime_checkable
+class DiffusionModel(Protocol):
+    """A density path that is the noised version of its law at t = 0, known through its denoiser."""
+
+    @property
+    def schedule(self) -> Any:
+        """The forward process, a `smcdiff.schedules.Schedule`."""
+        ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        ...
+
+    def denoise(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
+        """E[x_0 | x_t = x] for one sample ``x``."""
+        ...
+
+    def score(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
+        """Score of the marginal at time ``t``, at one sample ``x``."""
+        ...
+
+    def at(self, t: Float[Array, ""]) -> HasScore:
+        """The marginal density at time ``t``."""
+        ...
+
+
+_ADVICE = {
+    HasScore: "pass a marginal `model.at(t)` or any object with a method score(x)",
+    HasLogDensity: "pass an analytic or energy-based density; a network that predicts noise has a score only",
+    HasLogRatio: "pass an object with log_ratio(x_from, x_to), or one with a log density",
+    DiffusionModel: "pass a smcdiff.Diffusion, or an exact model from smcdiff.analytic",
+}
+
+
+def require(target, capability, who: str) -> None:
+    """Raise a `TypeError` that says what ``who`` needs unless ``target`` has ``capability``.
+
+    Parameters
+    ----------
+    target
+        The object that was passed.
+    capability
+        One of the protocols of this module.
+    who
+        Name of the sampler that asks, for the message.
+    """
+    if not isinstance(target, capability):
+        raise TypeError(
+            f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}; "
+            f"{_ADVICE[capability]}."
+        )

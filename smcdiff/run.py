@@ -1,0 +1,181 @@
+"""The runner: one loop for every `SamplingAlgorithm`.
+
+The loop is compiled in chunks of fixed length, and the host strings the chunks together: that is where the progress
+bar lives and where kept samples move off the device. Arrays and numbers inside the algorithm (weights, step
+sizes, measurements) are arguments of the compiled program, everything else is part of its key; hence a new model of
+the same shape does not compile anew. Step number k uses the key fold_in(rng_key, k), so a result depends neither on
+the chunk size nor on the progress bar.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.base import SamplingAlgorithm
+from jaxtyping import PRNGKeyArray, PyTree
+from tqdm.auto import tqdm
+
+__all__ = ["Trace", "keep_position", "run"]
+
+_CHUNKS = 20  # of a run, unless the caller says how long they are: enough for a lively bar, few enough to cost nothing
+
+
+class Trace(NamedTuple):
+    """What a run returns.
+
+    Attributes
+    ----------
+    samples
+        What ``transform`` returned at every kept step, stacked; NumPy arrays with the leading axes
+        (num_chains, num_kept).
+    info
+        The algorithm's own record of the same steps, stacked likewise.
+    state
+        The last state, with the leading axis (num_chains,); pass it to `run` to go on.
+    """
+
+    samples: PyTree
+    info: PyTree
+    state: PyTree
+
+
+def keep_position(state: Any, info: Any) -> PyTree:
+    """Keep ``state.position``: the transform for Markov chains."""
+    return state.position
+
+
+def run(
+    rng_key: PRNGKeyArray,
+    algorithm: SamplingAlgorithm,
+    num_steps: int,
+    *,
+    position: PyTree = None,
+    state: PyTree = None,
+    num_chains: int = 1,
+    transform: Callable[[Any, Any], PyTree] = keep_position,
+    thin: int = 1,
+    chunk_size: int | None = None,
+    progress: bool = True,
+) -> Trace:
+    """Run an algorithm, several independent chains side by side.
+
+    Parameters
+    ----------
+    rng_key
+        Key. Chain c uses fold_in(rng_key, c).
+    algorithm
+        Any BlackJAX-style pair of ``init(position, rng_key)`` and ``step(rng_key, state)``.
+    num_steps
+        Number of steps; a positive multiple of ``thin``.
+    position
+        Starting positions, a pytree with the leading axis (num_chains,); None for algorithms that draw their own.
+    state
+        State of an earlier run to go on from, instead of ``position``.
+    num_chains
+        Number of independent chains.
+    transform
+        ``transform(state, info)`` gives what to keep of a step; a module-level function.
+    thin
+        Keep every ``thin``-th step.
+    chunk_size
+        Kept steps per compiled chunk; a twentieth of the run if omitted.
+    progress
+        Whether to show a bar. It changes no number.
+
+    Returns
+    -------
+    Trace
+
+    Raises
+    ------
+    ValueError
+        If a count is not a positive integer, if ``num_steps`` is no multiple of ``thin``, or if both ``position`` and
+        ``state`` are given.
+    """
+    counts = [
+        ("num_steps", num_steps),
+        ("num_chains", num_chains),
+        ("thin", thin),
+        ("chunk_size", chunk_size or 1),
+    ]
+    for name, value in counts:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if num_steps % thin:
+        raise ValueError(f"num_steps must be a multiple of thin, got {num_steps} and {thin}.")
+    if position is not None and state is not None:
+        raise ValueError("give position to start or state to go on, not both.")
+
+    arrays, frozen = _split(algorithm)
+    if state is None:
+        state = _start(arrays, rng_key, position, frozen, num_chains)
+    num_kept = num_steps // thin
+    chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
+    kept = []
+    with tqdm(total=num_steps, disable=not progress, leave=False) as bar:
+        for first in range(0, num_kept, chunk_size):
+            count = min(chunk_size, num_kept - first)
+            state, outputs = _chunk(
+                arrays, rng_key, state, first, count, frozen, transform, thin, chunk_size, num_chains
+            )
+            kept.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], outputs))
+            bar.update(count * thin)
+    samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *kept)
+    return Trace(samples, info, state)
+
+
+class _Frozen(NamedTuple):
+    """The part of an algorithm that is no array: hashable, a key of the compiled program."""
+
+    leaves: tuple
+    treedef: Any
+
+
+def _split(algorithm):
+    arrays, rest = eqx.partition(algorithm, lambda leaf: eqx.is_array_like(leaf))
+    leaves, treedef = jax.tree.flatten(rest)
+    return arrays, _Frozen(tuple(leaves), treedef)
+
+
+def _join(arrays, frozen):
+    return eqx.combine(arrays, jax.tree.unflatten(frozen.treedef, frozen.leaves))
+
+
+def _start_program(arrays, rng_key, position, frozen, num_chains):
+    algorithm = _join(arrays, frozen)
+    keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
+    return jax.vmap(lambda key, position: algorithm.init(position, key))(keys, position)
+
+
+def _chunk_program(arrays, rng_key, state, first, count, frozen, transform, thin, chunk_size, num_chains):
+    """``chunk_size`` kept steps, of which only the first ``count`` are made: a last, shorter chunk fits in too."""
+    algorithm = _join(arrays, frozen)
+    keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
+
+    def one_step(state, k):
+        return jax.vmap(lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state))(keys, state)
+
+    def kept_step(state, index):
+        def advance(state):
+            start = (first + index) * thin
+            state = jax.lax.fori_loop(0, thin - 1, lambda j, state: one_step(state, start + j)[0], state)
+            state, info = one_step(state, start + thin - 1)
+            return state, (jax.vmap(transform)(state, info), info)
+
+        def idle(state):
+            outputs = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(advance, state)[1]
+            )
+            return state, outputs
+
+        return jax.lax.cond(index < count, advance, idle, state)
+
+    return jax.lax.scan(kept_step, state, jnp.arange(chunk_size))
+
+
+_start = jax.jit(_start_program, static_argnames=("frozen", "num_chains"))
+_chunk = jax.jit(_chunk_program, static_argnames=("frozen", "transform", "thin", "chunk_size", "num_chains"))

@@ -1,0 +1,215 @@
+"""Feynman-Kac models, and the one SMC loop that runs them all.
+
+A `FeynmanKac` model is an initial law and a sequence of steps, each of which moves a particle AND weighs it (the
+two share the expensive network call, so they are one function). It defines unnormalised path laws
+
+    Gamma_k(x_{0:k}) = M_0(x_0) G_0(x_0) prod_{j<=k} M_j(x_j | x_{j-1}) G_j(x_{j-1}, x_j),
+
+and its evidence, the integral of the last one. `smc` turns it into a `SamplingAlgorithm` whose step resamples if
+the effective sample size has fallen below a threshold, then moves and weighs every particle. The weights belong to
+the state: they are carried until a resampling resets them, and the final ones are there to be used. The estimate
+of the evidence, exp(log_evidence), is unbiased for any number of particles.
+
+Sources: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers", JRSS-B 68 (2006); Chopin and
+Papaspiliopoulos, "An Introduction to Sequential Monte Carlo", Springer (2020).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from blackjax.base import SamplingAlgorithm
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from smcdiff.batching import batched_map
+from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
+
+__all__ = ["FeynmanKac", "SMCInfo", "SMCState", "effective_sample_size", "smc"]
+
+
+class FeynmanKac(eqx.Module):
+    """A sequence of weighted moves of one particle.
+
+    Parameters
+    ----------
+    init
+        ``init(rng_key) -> (particle, log_weight)``: draws one particle (any pytree).
+    step
+        ``step(rng_key, particle, k) -> (particle, log_weight_increment)``: move number k = 0, 1, ..., num_steps - 1.
+    num_steps
+        Number of moves.
+
+    Make ``init`` and ``step`` `jax.tree_util.Partial`s of module-level functions, so that what they hold (weights,
+    measurements, times) are leaves of the model and a compiled program can be used again.
+    """
+
+    init: Callable
+    step: Callable
+    num_steps: int = eqx.field(static=True)
+
+
+class SMCState(NamedTuple):
+    """A weighted cloud of particles.
+
+    Attributes
+    ----------
+    particles
+        Pytree with leading axis N.
+    log_weights
+        Normalised log weights, shape (N,).
+    log_evidence
+        Log of the unbiased estimate of the evidence so far.
+    step
+        Number of moves made.
+    """
+
+    particles: PyTree
+    log_weights: Float[Array, " N"]
+    log_evidence: Float[Array, ""]
+    step: Int[Array, ""]
+
+
+class SMCInfo(NamedTuple):
+    """What happened in one step of SMC.
+
+    Attributes
+    ----------
+    ess
+        Effective sample size of the weights after the step, between 1 and N.
+    resampled
+        Whether the particles were resampled before they moved.
+    ancestors
+        Index of each particle's parent, shape (N,); 0, 1, ..., N - 1 where there was no resampling.
+    log_evidence_increment
+        What the step added to the log evidence.
+    num_invalid
+        Number of particles whose weight came out NaN or plus infinity; they were given weight zero.
+    """
+
+    ess: Float[Array, ""]
+    resampled: Bool[Array, ""]
+    ancestors: Int[Array, " N"]
+    log_evidence_increment: Float[Array, ""]
+    num_invalid: Int[Array, ""]
+
+
+class _Sampler(eqx.Module):
+    fk: FeynmanKac
+    ess_threshold: float
+    num_particles: int = eqx.field(static=True)
+    resampling_fn: ResamplingFn = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+
+
+def smc(
+    fk: FeynmanKac,
+    num_particles: int,
+    *,
+    resampling_fn: ResamplingFn = systematic,
+    ess_threshold: float = 0.5,
+    batch_size: int | None = None,
+) -> SamplingAlgorithm:
+    """Sequential Monte Carlo on a Feynman-Kac model, as a BlackJAX `SamplingAlgorithm`.
+
+    ``init(position, rng_key)`` ignores its position (particles are drawn by the model); ``step(rng_key, state)``
+    returns ``(SMCState, SMCInfo)`` and is to be called ``fk.num_steps`` times, which `smcdiff.run_smc` does.
+
+    Parameters
+    ----------
+    fk
+        The Feynman-Kac model.
+    num_particles
+        Number of particles N, at least 1.
+    resampling_fn
+        Resampling scheme on normalised weights; see `smcdiff.smc.resampling`.
+    ess_threshold
+        Resample when the effective sample size falls below this fraction of N: 0 never, 1 (almost) always.
+    batch_size
+        Particles moved together; bounds memory and changes no result.
+
+    Raises
+    ------
+    ValueError
+        If ``num_particles`` is not a positive integer or ``ess_threshold`` lies outside [0, 1].
+
+    Source: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers", JRSS-B 68 (2006).
+    """
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}.")
+    if not isinstance(ess_threshold, jax.core.Tracer) and not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(
+            f"ess_threshold is a fraction of the particles, between 0 and 1; got {ess_threshold}."
+        )
+    sampler = _Sampler(fk, ess_threshold, num_particles, resampling_fn, batch_size)
+    return SamplingAlgorithm(Partial(_init, sampler), Partial(_step, sampler))
+
+
+def effective_sample_size(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
+    """(sum w)^2 / sum w^2 of log weights of shape (N,), which need not be normalised."""
+    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+
+
+def _init(sampler, position, rng_key):
+    """Draw the initial cloud; ``position`` is unused."""
+    del position
+    particles, increments = batched_map(sampler.fk.init, sampler.batch_size)(_keys(rng_key, sampler))
+    uniform = _uniform(sampler.num_particles, increments.dtype)
+    log_weights, increment, _ = _reweigh(uniform, increments)
+    return SMCState(particles, log_weights, increment, jnp.zeros((), jnp.int32))
+
+
+def _step(sampler, rng_key, state):
+    """Resample if the weights are uneven, then move and weigh every particle."""
+    key_resample, key_move = jax.random.split(rng_key)
+    num_particles = sampler.num_particles
+    identity, uniform = (
+        jnp.arange(num_particles, dtype=jnp.int32),
+        _uniform(num_particles, state.log_weights.dtype),
+    )
+
+    def resample(particles):
+        ancestors = resample_from_log_weights(
+            sampler.resampling_fn, key_resample, state.log_weights, num_particles
+        )
+        ancestors = ancestors.astype(jnp.int32)
+        return jax.tree.map(lambda leaf: leaf[ancestors], particles), uniform, ancestors
+
+    def keep(particles):
+        return particles, state.log_weights, identity
+
+    resampled = effective_sample_size(state.log_weights) < sampler.ess_threshold * num_particles
+    particles, log_weights, ancestors = jax.lax.cond(resampled, resample, keep, state.particles)
+
+    def move(key, particle):
+        return sampler.fk.step(key, particle, state.step)
+
+    particles, increments = batched_map(move, sampler.batch_size)(_keys(key_move, sampler), particles)
+    log_weights, increment, num_invalid = _reweigh(log_weights, increments)
+    info = SMCInfo(effective_sample_size(log_weights), resampled, ancestors, increment, num_invalid)
+    return SMCState(particles, log_weights, state.log_evidence + increment, state.step + 1), info
+
+
+def _reweigh(log_weights, increments):
+    """Add the increments; return normalised log weights, log of the mean increment, and how many were invalid.
+
+    A NaN or infinite weight counts as zero. If no particle is left the weights are uniform and the increment is
+    minus infinity, which stays in the log evidence.
+    """
+    invalid = jnp.isnan(increments) | jnp.isposinf(increments)
+    unnormalised = log_weights + jnp.where(invalid, -jnp.inf, increments)
+    increment = jax.nn.logsumexp(unnormalised)
+    uniform = _uniform(len(log_weights), log_weights.dtype)
+    normalised = jnp.where(jnp.isneginf(increment), uniform, unnormalised - increment)
+    return normalised, increment, jnp.sum(invalid, dtype=jnp.int32)
+
+
+def _uniform(num_particles, dtype):
+    return jnp.full(num_particles, -jnp.log(jnp.asarray(num_particles, dtype)), dtype)
+
+
+def _keys(rng_key, sampler):
+    """One key a particle, by index, so that results do not depend on how particles are batched."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(sampler.num_particles))

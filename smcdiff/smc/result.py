@@ -1,0 +1,200 @@
+"""Running SMC, and its weighted result.
+
+Independent runs of SMC are kept apart as chains: their spread says how far the result can be trusted. Pooled, they
+are weighed by their evidence estimates, which keeps the pooled average consistent and its numerator unbiased.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from smcdiff.run import run
+from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, smc
+from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
+
+__all__ = ["SMCResult", "run_smc"]
+
+
+class SMCResult(NamedTuple):
+    """Weighted particles of several independent SMC runs, and how they came about.
+
+    Particles are weighted: use the methods, or `resample`, before plotting or averaging.
+
+    Attributes
+    ----------
+    particles
+        Pytree with leading axes (num_chains, num_particles).
+    log_weights
+        Normalised within each chain, shape (num_chains, num_particles).
+    log_evidence
+        One estimate a chain, shape (num_chains,).
+    info
+        `SMCInfo` with leading axes (num_chains, num_steps).
+    log_weights_by_step
+        Log weights after every step, shape (num_chains, num_steps, num_particles).
+    """
+
+    particles: PyTree
+    log_weights: Float[Array, "chains N"]
+    log_evidence: Float[Array, " chains"]
+    info: SMCInfo
+    log_weights_by_step: Float[Array, "chains steps N"]
+
+    @property
+    def ess(self) -> Float[np.ndarray, "chains steps"]:
+        """Effective sample size after every step."""
+        return np.asarray(self.info.ess)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether every chain ended with some weight and no weight was ever NaN or infinite."""
+        return bool(np.all(np.isfinite(self.log_evidence)) and not np.any(self.info.num_invalid))
+
+    def pooled_log_weights(self) -> Float[np.ndarray, "chains N"]:
+        """Log weights over all chains together, each chain counting by its evidence estimate."""
+        joint = np.asarray(self.log_weights, float) + np.asarray(self.log_evidence, float)[:, None]
+        return joint - np.logaddexp.reduce(joint, axis=None)
+
+    def pooled_log_evidence(self) -> float:
+        """Log of the mean of the chains' evidence estimates, which is unbiased as they are."""
+        values = np.asarray(self.log_evidence, float)
+        return float(np.logaddexp.reduce(values) - np.log(len(values)))
+
+    def mean(self) -> PyTree:
+        """Weighted mean over all particles of all chains."""
+        weights = np.exp(self.pooled_log_weights())
+        return jax.tree.map(lambda leaf: _weighted_mean(leaf, weights), self.particles)
+
+    def std(self) -> PyTree:
+        """Weighted standard deviation over all particles of all chains."""
+        weights = np.exp(self.pooled_log_weights())
+
+        def deviation(leaf):
+            centred = np.asarray(leaf, float) - _weighted_mean(leaf, weights)[None, None]
+            return np.sqrt(_weighted_mean(centred**2, weights))
+
+        return jax.tree.map(deviation, self.particles)
+
+    def quantile(self, q: float | Float[np.ndarray, " Q"]) -> PyTree:
+        """Weighted quantiles of every entry; the axis of ``q``, if it has one, comes first.
+
+        Parameters
+        ----------
+        q
+            Probability or probabilities between 0 and 1.
+        """
+        weights = np.exp(self.pooled_log_weights()).ravel()
+        return jax.tree.map(
+            lambda leaf: _weighted_quantile(np.asarray(leaf), weights, np.asarray(q)), self.particles
+        )
+
+    def resample(self, rng_key: PRNGKeyArray, num_samples: int | None = None) -> PyTree:
+        """Equally weighted draws from each chain, with leading axes (num_chains, num_samples).
+
+        Parameters
+        ----------
+        rng_key
+            Key.
+        num_samples
+            Draws a chain; as many as there are particles if omitted.
+        """
+        chosen = self.resample_indices(rng_key, num_samples)
+        chains = np.arange(len(chosen))[:, None]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[chains, chosen], self.particles)
+
+    def resample_indices(self, rng_key: PRNGKeyArray, num_samples: int | None = None) -> np.ndarray:
+        """Indices, within each chain, of the particles that `resample` draws; shape (num_chains, num_samples)."""
+        num_chains, num_particles = self.log_weights.shape
+        count = num_samples or num_particles
+
+        def draw(key, log_weights):
+            indices = resample_from_log_weights(systematic, key, log_weights, count)
+            # Sorted ancestors would look like an autocorrelated chain.
+            return jax.random.permutation(jax.random.fold_in(key, 1), indices)
+
+        return np.asarray(
+            jax.vmap(draw)(jax.random.split(rng_key, num_chains), jnp.asarray(self.log_weights))
+        )
+
+
+def run_smc(
+    rng_key: PRNGKeyArray,
+    fk: FeynmanKac,
+    num_particles: int,
+    *,
+    num_chains: int = 1,
+    resampling_fn: ResamplingFn = systematic,
+    ess_threshold: float = 0.5,
+    batch_size: int | None = None,
+    chunk_size: int | None = None,
+    progress: bool = True,
+) -> SMCResult:
+    """Run SMC on a Feynman-Kac model to its end.
+
+    Parameters
+    ----------
+    rng_key
+        Key.
+    fk
+        The Feynman-Kac model, for instance `smcdiff.tds(...)`.
+    num_particles
+        Particles of one run.
+    num_chains
+        Independent runs, side by side.
+    resampling_fn, ess_threshold, batch_size
+        See `smcdiff.smc.smc`.
+    chunk_size, progress
+        See `smcdiff.run`.
+
+    Returns
+    -------
+    SMCResult
+
+    Raises
+    ------
+    ValueError
+        As `smcdiff.smc.smc` and `smcdiff.run` do.
+    """
+    algorithm = smc(
+        fk, num_particles, resampling_fn=resampling_fn, ess_threshold=ess_threshold, batch_size=batch_size
+    )
+    trace = run(
+        rng_key,
+        algorithm,
+        fk.num_steps,
+        num_chains=num_chains,
+        transform=_keep_log_weights,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+    final: SMCState = jax.tree.map(np.asarray, trace.state)
+    return SMCResult(final.particles, final.log_weights, final.log_evidence, trace.info, trace.samples)
+
+
+def _keep_log_weights(state: SMCState, info: Any):
+    return state.log_weights
+
+
+def _weighted_mean(leaf, weights):
+    """Average over the two leading axes; particles of weight zero may be NaN."""
+    leaf = np.asarray(leaf, float)
+    alive = (weights > 0).reshape(*weights.shape, *[1] * (leaf.ndim - 2))
+    return np.tensordot(weights, np.where(alive, leaf, 0.0), axes=2)
+
+
+def _weighted_quantile(leaf, weights, q):
+    flat = leaf.reshape(weights.size, -1)
+    alive = weights > 0
+    flat, weights = flat[alive], weights[alive]
+    order = np.argsort(flat, axis=0)
+    cumulative = np.cumsum(weights[order], axis=0)
+    levels = np.atleast_1d(q)
+    # The smallest value whose cumulative weight reaches the level.
+    rank = np.array([(cumulative < level * cumulative[-1]).sum(axis=0) for level in levels]).clip(
+        max=len(flat) - 1
+    )
+    values = np.take_along_axis(np.take_along_axis(flat, order, axis=0), rank, axis=0)
+    return values.reshape(*np.shape(q), *leaf.shape[2:])
