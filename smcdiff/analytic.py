@@ -126,7 +126,7 @@ class EmpiricalDiffusion(eqx.Module):
     Raises
     ------
     ValueError
-        If ``bandwidth`` is not positive, or ``num_neighbours`` and ``batch_size`` are both given.
+        If ``bandwidth`` is not positive, ``num_neighbours`` or ``batch_size`` is out of range, or both are given.
     """
 
     data: Float[Array, "K *event"]
@@ -143,6 +143,12 @@ class EmpiricalDiffusion(eqx.Module):
             raise ValueError(
                 "give num_neighbours or batch_size, not both: truncation needs all responsibilities."
             )
+        if self.num_neighbours is not None and not 1 <= self.num_neighbours <= len(self.data):
+            raise ValueError(
+                f"num_neighbours must be from 1 to the number of data, {len(self.data)}, got {self.num_neighbours}."
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer or None, got {self.batch_size}.")
 
     @property
     def event_shape(self) -> tuple[int, ...]:

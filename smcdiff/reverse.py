@@ -61,8 +61,10 @@ def reverse_transition(
     )
     kept = alpha_t * sigma_s / (alpha_s * sigma_t)  # share of x_t's noise that is x_s's own, in deviations
     std = eta * sigma_s * jnp.sqrt((1.0 - kept) * (1.0 + kept))
+    # sigma_s^2 - std^2 as a sum of non-negative terms: the difference rounds below zero where kept is small.
+    coefficient = sigma_s * jnp.sqrt((1.0 - eta) * (1.0 + eta) + (eta * kept) ** 2)
     eps = (x - alpha_t * x0) / sigma_t
-    return alpha_s * x0 + jnp.sqrt(sigma_s**2 - std**2) * eps, std
+    return alpha_s * x0 + coefficient * eps, std
 
 
 def reverse_sample(

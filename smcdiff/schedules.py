@@ -311,12 +311,22 @@ def karras_times(
     sigma_min, sigma_max
         Range of sigma/alpha in data units; the upper end is capped by the schedule's own.
     rho
-        Exponent; 7 puts most steps at low noise.
+        Exponent, positive; 7 puts most steps at low noise.
+
+    Raises
+    ------
+    ValueError
+        If ``num_steps`` is not an integer of at least 2, or ``sigma_min``, ``sigma_max`` or ``rho`` is out of range.
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364.
     """
     _require_steps(num_steps)
     sigma_max = min(sigma_max, float(jnp.exp(-schedule.log_snr(jnp.asarray(1.0)))))
+    if not 0 < sigma_min < sigma_max or not rho > 0:
+        raise ValueError(
+            "karras_times needs rho > 0 and 0 < sigma_min < sigma_max, which the schedule caps at its own end, "
+            f"got rho={rho}, sigma_min={sigma_min}, sigma_max={sigma_max:.3g}."
+        )
     levels = jnp.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps) ** rho
     return _with_ends(schedule.time_from_log_snr(-jnp.log(levels)))
 
@@ -365,5 +375,7 @@ def _require_ordered(low_name, low, high_name, high, strict=False):
     ordered = low < high if strict else low <= high
     positive = low >= 0 if low_name == "zero" else low > 0
     if not (positive and ordered and np.isfinite(high)):
-        need = f"{high_name} > 0" if low_name == "zero" else f"0 < {low_name} < {high_name}"
+        if low_name == "zero":
+            raise ValueError(f"a schedule needs finite {high_name} > 0, got {high_name}={high}.")
+        need = f"0 < {low_name} {'<' if strict else '<='} {high_name}"
         raise ValueError(f"a schedule needs finite {need}, got {low_name}={low}, {high_name}={high}.")

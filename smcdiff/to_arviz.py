@@ -90,12 +90,13 @@ def to_arviz(
 
 def _smc_groups(result, chosen):
     """``sample_stats`` of the draws (which particle, of what weight), and the history by step in ``smc``."""
+    with np.errstate(invalid="ignore"):  # a chain whose weight was lost: what it began with cannot be told, NaN
+        start = result.log_evidence - result.info.log_evidence_increment.sum(axis=1)
     history = {
         "ess": result.info.ess,
         "resampled": result.info.resampled,
         "log_evidence_increment": result.info.log_evidence_increment,
-        "log_evidence": np.cumsum(result.info.log_evidence_increment, axis=1)
-        + (result.log_evidence - result.info.log_evidence_increment.sum(axis=1))[:, None],
+        "log_evidence": np.cumsum(result.info.log_evidence_increment, axis=1) + start[:, None],
         "num_invalid": result.info.num_invalid,
         "log_weights": result.log_weights_by_step,
         "ancestors": result.info.ancestors,
