@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="file to resume from and to write to")
+    parser.add_argument("--note", default="", help="anything a reader of the card should know about this run")
     parser.add_argument("--evaluate-every", type=int, default=500)
     return parser.parse_args()
 
@@ -95,6 +96,9 @@ def readme(card: dict[str, Any]) -> str:
     """The card as a page for people."""
     loss, training, data, name = card["denoising_loss"], card["training"], card["data"], card["name"]
     schedule, network, num_shipped = card["schedule"], card["network"], card["held_out"]["num_shipped"]
+    split = f"{data['num_train']} images to train on, {data['num_held_out']} held out, {num_shipped} in `heldout.npz`"
+    made_of = f"`{network['class']}`, {network['arguments']}, {card['num_parameters']:,} parameters"
+    lowest, highest = training["noise_levels"]
     schedule_arguments = ", ".join(f"{key}={value}" for key, value in schedule["arguments"].items())
     rows = "\n".join(
         f"| {s:.4g} | {mse:.3g} ± {error:.1g} | {np.sqrt(mse):.3g} |"
@@ -120,14 +124,15 @@ images, labels = checkpoints.held_out("{name}")
 | --- | --- |
 | data | {data["source"]} |
 | licence of the data | {data["licence"]} |
-| split | {data["num_train"]} images to train on, {data["num_held_out"]} held out, {num_shipped} in `heldout.npz` |
+| split | {split} |
 | event shape, pixels | {tuple(card["event_shape"])}, {card["pixel_range"][0]} to {card["pixel_range"][1]} |
 | schedule | `{schedule["name"]}({schedule_arguments})` |
 | prediction | `{card["prediction"]}`, sigma_data = {card["sigma_data"]:.5f} |
-| network | `{network["class"]}`, {network["arguments"]}, {card["num_parameters"]:,} parameters |
+| network | {made_of} |
 | trained by | `{training["command"]}` |
 | steps, batch, seed | {training["steps"]}, {training["batch_size"]}, {training["seed"]} |
 | time, hardware | {training["minutes"]} min on {training["hardware"]} |
+| note | {training["note"] or "none"} |
 | versions | {", ".join(f"{k} {v}" for k, v in card["versions"].items())} |
 | sha256 of the weights | `{card["sha256"]}` |
 
@@ -138,9 +143,9 @@ standard error, and its root.
 | --- | --- | --- |
 {rows}
 
-Limitations: an unconditional prior over one small data set, trained for minutes on a CPU, so some samples are no digit.
-Training covered sigma/alpha from {training["noise_levels"][0]} to {training["noise_levels"][1]}. Pixels are continuous,
-not quantised, and samples may leave [0, 1] slightly.
+Limitations: an unconditional prior over one small data set, trained for {training["minutes"]:.0f} minutes on a CPU;
+some samples are malformed. Training covered sigma/alpha from {lowest:g} to {highest:g}. Pixels are continuous, not
+quantised, and samples may leave [0, 1] slightly.
 
 This page is written from `card.json` by `models/train.py`.
 """
@@ -212,6 +217,7 @@ def main() -> None:
             "noise_levels": [NoiseLevels().lowest, NoiseLevels().highest],
             "final_loss": float(f"{history['loss'][-1]:.5g}"),
             "minutes": round(history["seconds"][-1] / 60, 1),
+            "note": arguments.note,
             "hardware": f"{os.cpu_count()} shared CPU cores, float32",
         },
         "denoising_loss": measure(model, held_out, shipped, arguments.seed),

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smcdiff.density import DiffusionModel
+from smcdiff.diffusion import Diffusion
 from smcdiff.inverse import InverseProblem
 
-__all__ = ["Twist", "TwistValue", "dps", "log_twist", "moment_matching", "pigdm"]
+__all__ = ["Twist", "TwistValue", "default_twist", "dps", "log_twist", "moment_matching", "pigdm"]
 
 
 class TwistValue(NamedTuple):
@@ -53,6 +54,28 @@ class TwistValue(NamedTuple):
 
 
 Twist = Callable[[DiffusionModel, InverseProblem, Float[Array, "*event"], Float[Array, ""]], TwistValue]
+
+
+def default_twist(model: DiffusionModel, problem: InverseProblem) -> Twist:
+    """The twist that measured best for this kind of model and this number of measurements.
+
+    Exact models get `moment_matching`, in full for up to 32 measurements and with rank 8 beyond. A network gets
+    `pigdm`: the covariance (sigma^2/alpha) d x0_hat/dx multiplies the error of the network's Jacobian by the
+    noise-to-signal ratio, and at high noise hardly anything else is left of it (64 particles on the pretrained digits:
+    least ESS 1 with moment matching, 10 to 27 with pigdm).
+
+    Parameters
+    ----------
+    model, problem
+        Prior and measurement.
+    """
+    if isinstance(model, Diffusion):
+        return pigdm
+    return moment_matching(None if problem.y.size <= _FEW_MEASUREMENTS else _RANK)
+
+
+_FEW_MEASUREMENTS = 32
+_RANK = 8
 
 
 def dps(model, problem, x, t) -> TwistValue:

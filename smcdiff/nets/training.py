@@ -119,7 +119,9 @@ def _step(constants: tuple, state: TrainingState) -> tuple[TrainingState, Array]
     noise = jax.random.normal(key_noise, batch.shape, batch.dtype)
     loss, gradient = jax.value_and_grad(_loss)(state.params, model, batch, log_s, noise)
     optimizer = _optimizer(num_steps, learning_rate, weight_decay)
-    updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
+    # Optax mixes its integer counter with floats, which a user's strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     # Early averages forget quickly, or the random initial weights would stay in for 1/(1 - decay) steps.
     count = state.step.astype(jnp.float32)

@@ -27,7 +27,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from smcdiff.density import DiffusionModel, require
-from smcdiff.guidance import Twist, TwistValue, moment_matching
+from smcdiff.guidance import Twist, TwistValue, default_twist
 from smcdiff.inverse import InverseProblem
 from smcdiff.reverse import reverse_transition
 from smcdiff.schedules import check_times
@@ -83,7 +83,7 @@ def tds(
     times
         Grid that falls from 1 to 0, for instance `log_snr_times(model.schedule, 100)`.
     twist
-        Approximation of p(y | x_t); `moment_matching()` if omitted. See `smcdiff.guidance`.
+        Approximation of p(y | x_t); `smcdiff.guidance.default_twist` chooses one if omitted.
     order
         1 for ancestral steps, 2 for the second-order chain.
 
@@ -102,7 +102,8 @@ def tds(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (ancestral) or 2, got {order!r}.")
     times = check_times(times)
-    twisted = _TwistedModel(model, problem, moment_matching() if twist is None else twist, times, order)
+    twist = default_twist(model, problem) if twist is None else twist
+    twisted = _TwistedModel(model, problem, twist, times, order)
     return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), len(times) - 1)
 
 
