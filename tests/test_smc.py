@@ -145,7 +145,10 @@ def _poisoned_step(bad, rng_key, x, k):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_invalid_weights_count_as_zero_and_are_flagged(bad):
     fk = FeynmanKac(Partial(_normal_init, jnp.asarray(1.0)), Partial(_poisoned_step, jnp.asarray(bad)), 4)
-    result = run_smc(jax.random.key(9), fk, 300, ess_threshold=0.0, progress=False)
+    with pytest.warns(
+        RuntimeWarning, match="weights came out NaN or infinite and count as zero, first at step 2"
+    ):
+        result = run_smc(jax.random.key(9), fk, 300, ess_threshold=0.0, progress=False)
     invalid = np.asarray(result.info.num_invalid[0])
     assert invalid[2] > 60 and invalid.sum() == invalid[2]
     assert not result.is_valid
@@ -155,7 +158,8 @@ def test_invalid_weights_count_as_zero_and_are_flagged(bad):
 
 def test_a_cloud_without_weight_ends_with_no_evidence():
     fk = FeynmanKac(Partial(_normal_init, jnp.asarray(1.0)), Partial(_dead_step), 3)
-    result = run_smc(jax.random.key(10), fk, 10, progress=False)
+    with pytest.warns(RuntimeWarning, match="1 of 1 chains have no weight left"):
+        result = run_smc(jax.random.key(10), fk, 10, progress=False)
     assert np.isneginf(result.log_evidence).all() and not result.is_valid
 
 

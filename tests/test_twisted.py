@@ -232,7 +232,8 @@ class _Broken(eqx.Module):
 
 
 def test_a_model_that_fails_in_the_middle_is_flagged():
-    result = tds_runs(5, _Broken(gaussian(), 0.3), problem(), 12, 8, 2)
+    with pytest.warns(RuntimeWarning, match="2 of 2 chains have no weight left"):
+        result = tds_runs(5, _Broken(gaussian(), 0.3), problem(), 12, 8, 2)
     assert not result.is_valid
     assert np.isneginf(result.log_evidence).all()
     assert np.asarray(result.info.num_invalid).max() == 8

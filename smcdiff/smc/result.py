@@ -4,6 +4,7 @@ Independent runs of SMC are kept apart as chains: their spread says how far the 
 are weighed by their evidence estimates, which keeps the pooled average consistent and its numerator unbiased.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -157,6 +158,11 @@ def run_smc(
     ------
     ValueError
         As `smcdiff.smc.smc` and `smcdiff.run` do.
+
+    Warns
+    -----
+    RuntimeWarning
+        If weights came out NaN or infinite, or a chain lost all its weight; see `SMCResult.is_valid`.
     """
     algorithm = smc(
         fk, num_particles, resampling_fn=resampling_fn, ess_threshold=ess_threshold, batch_size=batch_size
@@ -171,7 +177,21 @@ def run_smc(
         progress=progress,
     )
     final: SMCState = jax.tree.map(np.asarray, trace.state)
-    return SMCResult(final.particles, final.log_weights, final.log_evidence, trace.info, trace.samples)
+    result = SMCResult(final.particles, final.log_weights, final.log_evidence, trace.info, trace.samples)
+    if not result.is_valid:
+        warnings.warn(_what_is_wrong(result), RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _what_is_wrong(result):
+    invalid = np.asarray(result.info.num_invalid)
+    lost = int(np.sum(~np.isfinite(result.log_evidence)))
+    first = f", first at step {int(np.argmax(invalid.sum(axis=0) > 0))}" if invalid.any() else ""
+    return (
+        f"{int(invalid.sum())} weights came out NaN or infinite and count as zero{first}; {lost} of {len(invalid)} "
+        "chains have no weight left. Look for a model that is not finite on its own noisy samples, a grid whose "
+        "last steps are too fine for float32, or noise far too small for the model."
+    )
 
 
 def _keep_log_weights(state: SMCState, info: Any):
