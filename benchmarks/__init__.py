@@ -1,0 +1,1 @@
+"""The project's own benchmarks: ``python -m benchmarks NAME``. One module each; see README.md."""

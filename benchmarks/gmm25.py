@@ -1,0 +1,167 @@
+"""Posterior sampling where the posterior is known: the mixture of 25 modes.
+
+Prior: 25 Gaussians of unit covariance at (-8i, -8j), i, j = -2..2, the pair repeated to dimension d; weights
+proportional to squared standard normals. Measurement y = A x + sigma_y eps with d_y rows: A has random singular
+vectors and singular values U(0, 1), sigma_y = U(0, 1) times the largest of them, and y comes from a prior draw.
+Everything is drawn anew for each seed.
+
+Ground truth: the posterior is a mixture again, with closed-form weights, means, covariance and evidence.
+Metrics: sliced Wasserstein-1 distance of the weighted particles to as many exact posterior samples; its floor, the
+same distance between two exact sample sets; |log evidence error|.
+Bars, for the library's default setting in every cell (d, d_y): median distance at most 1.6 times the median floor, and a median
+|log evidence error| of at most 0.05. A second set of seeds, on which nothing was chosen, is reported beside the
+first and must meet the same bars.
+
+Command: ``python -m benchmarks gmm25``
+
+Source: Cardoso et al., "Monte Carlo guided Denoising Diffusion models", arXiv 2308.07983, Section 5.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import smcdiff
+from benchmarks.common import bar, format_table, sliced_wasserstein
+from smcdiff import guidance, inverse, schedules
+
+VARIANTS = {
+    # name: (twist, order, comparison only)
+    "tds": (guidance.moment_matching, 2, False),
+    "tds, order 1": (guidance.moment_matching, 1, True),
+    "tds, pigdm twist": (lambda: guidance.pigdm, 2, True),
+    "tds, dps twist": (lambda: guidance.dps, 2, True),
+}
+METRICS = ("sw1", "floor", "ratio", "log_evidence_error", "ess", "num_resampled")
+
+
+def add_arguments(parser):
+    parser.add_argument("--cells", nargs="+", default=["8,1", "8,4", "80,1", "80,4"], metavar="D,DY")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds in each of the two sets")
+    parser.add_argument("--particles", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--ess-threshold", type=float, default=0.5)
+    parser.add_argument("--log-snr-min", type=float, default=-6.0)
+    parser.add_argument("--log-snr-max", type=float, default=5.0)
+    parser.add_argument("--other-thresholds", type=float, nargs="*", default=[0.8], help="for comparison")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+
+
+def run(args) -> dict:
+    if args.quick:
+        args.cells, args.seeds, args.particles, args.steps = ["8,1"], 2, 64, 10
+        args.other_thresholds, args.variants = [], ["tds"]
+    schedule = schedules.cosine(-9.0)
+    times = smcdiff.log_snr_times(
+        schedule, args.steps, log_snr_min=args.log_snr_min, log_snr_max=args.log_snr_max
+    )
+    seed_sets = {"first": range(args.seeds), "second": range(2000, 2000 + args.seeds)}
+    # Other thresholds and twists are for comparison, on the first set of seeds.
+    settings = [(set_name, "tds", args.ess_threshold) for set_name in seed_sets]
+    settings += [("first", "tds", threshold) for threshold in args.other_thresholds]
+    settings += [("first", name, args.ess_threshold) for name in args.variants if name != "tds"]
+
+    rows, summary, bars = [], [], []
+    for cell in args.cells:
+        d, dy = map(int, cell.split(","))
+        for set_name, name, threshold in settings:
+            records = [
+                one_seed(seed, d, dy, schedule, times, name, threshold, args.particles)
+                for seed in seed_sets[set_name]
+            ]
+            rows += [{"set": set_name, **record} for record in records]
+            is_main = name == "tds" and threshold == args.ess_threshold
+            summary.append(
+                {"d": d, "d_y": dy, "sampler": name, "ess_threshold": threshold, "seeds": set_name}
+                | summarise(records)
+                | {"comparison": not is_main}
+            )
+            if is_main:
+                bars.append(
+                    bar(
+                        f"distance / floor, d={d}, d_y={dy}, {set_name} seeds",
+                        summary[-1]["sw1 / floor"],
+                        1.6,
+                    )
+                )
+                error = summary[-1]["abs log evidence error"]
+                bars.append(bar(f"log evidence error, d={d}, d_y={dy}, {set_name} seeds", error, 0.05))
+    print(format_table(summary))
+    return {
+        "title": "25-mode mixture with exact posterior",
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "quick")}
+        | {"schedule": "cosine(-9)", "projections": 100},
+        "seeds": {name: list(seeds) for name, seeds in seed_sets.items()},
+        "rows": rows,
+        "summary": summary,
+        "bars": bars,
+    }
+
+
+def draw_problem(seed: int, d: int, dy: int, schedule):
+    """Prior and inverse problem of one seed; also the matrix and the noise's deviation."""
+    rng = np.random.default_rng([seed, d, dy])
+    means = np.array([np.tile([-8.0 * i, -8.0 * j], d // 2) for i in range(-2, 3) for j in range(-2, 3)])
+    weights = rng.normal(size=25) ** 2
+    left, _, right = np.linalg.svd(rng.normal(size=(dy, d)), full_matrices=False)
+    values = rng.uniform(size=dy)
+    matrix = (left * values) @ right
+    noise_std = rng.uniform() * values.max()
+    truth = means[rng.choice(25, p=weights / weights.sum())] + rng.normal(size=d)
+    y = matrix @ truth + noise_std * rng.normal(size=dy)
+    model = smcdiff.GaussianMixtureDiffusion.create(weights, means, 1.0, schedule)
+    problem = smcdiff.InverseProblem(inverse.dense(matrix, (d,)), jnp.asarray(y), noise_std)
+    return model, problem, matrix, noise_std
+
+
+def one_seed(seed, d, dy, schedule, times, name, ess_threshold, num_particles) -> dict:
+    """Run one sampler on the problem of one seed, and measure it against the exact posterior."""
+    model, problem, matrix, noise_std = draw_problem(seed, d, dy, schedule)
+    exact, log_evidence = model.posterior(matrix, np.asarray(problem.y), noise_std)
+    key_smc, key_reference, key_floor = jax.random.split(jax.random.key(seed), 3)
+    reference = exact.mixture.sample(key_reference, num_particles)
+    again = exact.mixture.sample(key_floor, num_particles)
+
+    twist, order, _ = VARIANTS[name]
+    fk = smcdiff.tds(model, problem, times=times, twist=twist(), order=order)
+    result = smcdiff.run_smc(key_smc, fk, num_particles, ess_threshold=ess_threshold, progress=False)
+    distance = sliced_wasserstein(result.particles.x[0], reference, x_weights=np.exp(result.log_weights[0]))
+    distance = distance if np.isfinite(distance) else np.inf  # a cloud of NaN is as wrong as can be
+    floor = sliced_wasserstein(again, reference)
+    num_steps = len(times) - 1
+    return {
+        "d": d,
+        "d_y": dy,
+        "sampler": name,
+        "ess_threshold": ess_threshold,
+        "seed": seed,
+        "sw1": distance,
+        "floor": floor,
+        "ratio": distance / floor,
+        "log_evidence": float(result.log_evidence[0]),
+        "log_evidence_exact": log_evidence,
+        "log_evidence_error": float(result.log_evidence[0]) - log_evidence,
+        "ess": float(result.ess[0, -1]),
+        "ess_min": float(result.ess.min()),
+        "num_resampled": int(np.sum(result.info.resampled)),
+        "denoiser_evaluations": num_particles * num_steps,
+        "vector_jacobian_products": num_particles * num_steps * (dy if "moment" in str(twist) else 1),
+    }
+
+
+def summarise(records) -> dict:
+    """Medians, means and the ratio of medians over the seeds of one setting."""
+    value = {name: np.array([record[name] for record in records], float) for name in METRICS}
+    distance, floor, error = value["sw1"], value["floor"], np.abs(value["log_evidence_error"])
+    return {
+        "sw1": np.median(distance),
+        "floor": np.median(floor),
+        "sw1 / floor": np.median(distance) / np.median(floor),
+        "median ratio": np.median(value["ratio"]),
+        "mean sw1": distance.mean(),
+        "mean floor": floor.mean(),
+        "abs log evidence error": np.median(error),
+        "mean abs log evidence error": error.mean(),
+        "ess": np.median(value["ess"]),
+        "resamplings": np.median(value["num_resampled"]),
+    }
