@@ -114,13 +114,12 @@ def reverse_sample(
 def _sample_loop(rng_key, model, times, eta, num_samples, batch_size):
     schedule, dimension = model.schedule, math.prod(model.event_shape)
     shape = (num_samples, *model.event_shape)
-    denoise = batched_map(lambda x, t: model.denoise(x, t), batch_size)
-
     def step(x, inputs):
         index, t, s = inputs
         # Drawn flat: on the CPU a narrow trailing axis makes the same numbers several times slower.
         noise = jax.random.normal(jax.random.fold_in(rng_key, index), (num_samples * dimension,), x.dtype)
-        x0 = denoise(x, jnp.broadcast_to(t, (num_samples,)))
+        # The time stays out of the batch: what depends on it alone is computed once.
+        x0 = batched_map(lambda x: model.denoise(x, t), batch_size)(x)
         mean, std = jax.vmap(
             lambda x, x0: reverse_transition(schedule, x, x0, t, s, eta), out_axes=(0, None)
         )(x, x0)

@@ -90,7 +90,9 @@ def to_arviz(
 
 def _smc_groups(result, chosen):
     """``sample_stats`` of the draws (which particle, of what weight), and the history by step in ``smc``."""
-    with np.errstate(invalid="ignore"):  # a chain whose weight was lost: what it began with cannot be told, NaN
+    with np.errstate(
+        invalid="ignore"
+    ):  # a chain whose weight was lost: what it began with cannot be told, NaN
         start = result.log_evidence - result.info.log_evidence_increment.sum(axis=1)
     history = {
         "ess": result.info.ess,

@@ -165,8 +165,9 @@ def test_problem_and_settings_reach_the_sampler(tiny, tmp_path, monkeypatch, pro
 def test_twist_and_rank_reach_the_sampler(tiny, tmp_path, monkeypatch):
     assert _called(tiny, tmp_path, monkeypatch, twist="dps")[1]["twist"] is smcdiff.guidance.dps
     assert _called(tiny, tmp_path, monkeypatch, twist="moments", rank=3)[1]["twist"].rank == 3
-    few = _called(tiny, tmp_path, monkeypatch, twist="moments", problem="superres")[1]["twist"]
-    assert few.rank is None
+    every = _called(tiny, tmp_path, monkeypatch, twist="moments")[1]["twist"]
+    assert every.rank is None
+    assert _called(tiny, tmp_path, monkeypatch, twist="default")[1]["twist"] is None
 
 
 def test_code_names_twist_option_and_picture():

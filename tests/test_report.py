@@ -427,12 +427,6 @@ def test_measurement_of_a_general_operator_is_drawn_by_its_adjoint():
     )
 
 
-def test_default_twist_is_exact_for_few_measurements():
-    assert report.default_rank(_problem("superres")) is None
-    assert isinstance(report.default_rank(_problem("inpaint")), int)
-    assert report.default_twist(_problem("superres")).rank is None
-
-
 @pytest.mark.parametrize(
     ("call", "told"),
     [

@@ -2,7 +2,7 @@
 
     problem = report.make_problem(key_noise, "inpaint", truth, noise=0.1)
     with report.stopwatch() as watch:
-        result = smcdiff.posterior(key_run, model, problem, twist=report.default_twist(problem))
+        result = smcdiff.posterior(key_run, model, problem)
     report.write_report("runs/demo", result, problem, truth, rng_key=key_report, watch=watch)
 
 The command ``smcdiff posterior`` does this.
@@ -14,7 +14,7 @@ from smcdiff.report.experiment import SettingError, Settings, posterior_report
 from smcdiff.report.folder import FolderError, new_folder
 from smcdiff.report.images import as_picture, read_image
 from smcdiff.report.plots import image_panels, plot_draws, plot_ess, plot_overview, plot_panel
-from smcdiff.report.problems import default_rank, default_twist, make_problem, unobserved
+from smcdiff.report.problems import make_problem, unobserved
 from smcdiff.report.source import python_source
 from smcdiff.report.summary import Estimates, coverage, estimate, psnr, summarise
 from smcdiff.report.text import as_text
@@ -32,8 +32,6 @@ __all__ = [
     "as_picture",
     "as_text",
     "coverage",
-    "default_rank",
-    "default_twist",
     "describe_card",
     "estimate",
     "image_panels",

@@ -17,7 +17,7 @@ from smcdiff.checkpoints import held_out, load, models
 from smcdiff.posterior import METHODS, posterior
 from smcdiff.report.folder import new_folder
 from smcdiff.report.images import read_image
-from smcdiff.report.problems import MASKS, default_rank, make_problem
+from smcdiff.report.problems import MASKS, make_problem
 from smcdiff.report.source import python_source
 from smcdiff.report.timing import stopwatch
 from smcdiff.report.write import REPORT_FILES, write_files
@@ -25,6 +25,7 @@ from smcdiff.report.write import REPORT_FILES, write_files
 __all__ = ["SettingError", "Settings", "posterior_report"]
 
 TWISTS: dict[str, Callable] = {
+    "default": lambda rank: None,
     "moments": guidance.moment_matching,
     "pigdm": lambda rank: guidance.pigdm,
     "dps": lambda rank: guidance.dps,
@@ -68,7 +69,8 @@ class Settings:
     method, particles, chains, steps, ess_threshold, batch_size
         See `smcdiff.posterior`.
     twist, rank
-        "moments", with its rank (`smcdiff.report.default_rank` if None), "pigdm" or "dps".
+        "default" (see `smcdiff.guidance.default_twist`), "moments" with its rank (None for all directions), "pigdm"
+        or "dps".
     seed
         Of the noise and of the sampler.
     """
@@ -81,7 +83,7 @@ class Settings:
     blur_width: float | None = None
     factor: int | None = None
     method: str = "tds"
-    twist: str = "moments"
+    twist: str = "default"
     rank: int | None = None
     particles: int = 64
     chains: int = 4
@@ -129,8 +131,6 @@ def posterior_report(
     chosen = {option: getattr(settings, option)} if getattr(settings, option) is not None else {}
     with _naming(option if chosen else "problem"):
         problem = make_problem(key_noise, settings.problem, truth, settings.noise, **chosen)
-    if settings.twist == "moments" and settings.rank is None:
-        settings = dataclasses.replace(settings, rank=default_rank(problem))
     told = _told(settings)
     with new_folder(out, force=force, replaceable=REPORT_FILES) as partial:
         if progress:

@@ -4,8 +4,7 @@
     deblur     a Gaussian blur, periodic, one fourteenth of the rows wide  y = an image of the same size
     superres   means of square blocks of 2 or 4 pixels                     y = a smaller image
 
-Each comes with noise of a known deviation. `default_twist` says which approximation of the likelihood steers the
-sampler, and `unobserved` which pixels a measurement says nothing about by itself.
+Each comes with noise of a known deviation. `unobserved` says which pixels a measurement says nothing about by itself.
 """
 
 import math
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from smcdiff.guidance import Twist, moment_matching
 from smcdiff.inverse import (
     InverseProblem,
     LinearOperator,
@@ -26,10 +24,7 @@ from smcdiff.inverse import (
     simulate_problem,
 )
 
-__all__ = ["MASKS", "PROBLEMS", "default_rank", "default_twist", "make_problem", "unobserved"]
-
-MAX_EXACT = 32  # measurements up to which every measured direction gets its own vector-Jacobian product
-DEFAULT_RANK = 4
+__all__ = ["MASKS", "PROBLEMS", "make_problem", "unobserved"]
 
 
 def _box(rows: int, columns: int) -> tuple[int, int, int, int]:
@@ -112,22 +107,6 @@ def make_problem(
     if not (math.isfinite(noise) and noise > 0):
         raise ValueError(f"noise must be a finite positive number, got {noise}.")
     return simulate_problem(rng_key, PROBLEMS[name](np.shape(truth), **options), jnp.asarray(truth), noise)
-
-
-def default_rank(problem: InverseProblem) -> int | None:
-    """Rank of `default_twist`: None, which means all directions, for up to 32 measurements, else 4."""
-    return None if problem.y.size <= MAX_EXACT else DEFAULT_RANK
-
-
-def default_twist(problem: InverseProblem) -> Twist:
-    """The twist that the command ``smcdiff posterior`` takes: moment matching of the rank `default_rank`.
-
-    Parameters
-    ----------
-    problem
-        The inverse problem; only the size of its measurement counts.
-    """
-    return moment_matching(default_rank(problem))
 
 
 def unobserved(problem: InverseProblem) -> Bool[np.ndarray, "*event"]:

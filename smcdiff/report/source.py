@@ -21,7 +21,9 @@ def python_source(settings: Mapping[str, Any]) -> str:
         truth = f"smcdiff.held_out({settings['model']!r})[0][{int(image)}]"
     else:
         truth = f"report.read_image({image!r}, model.event_shape)"
-    if settings["twist"] == "moments":
+    if settings["twist"] == "default":
+        twist = "None"
+    elif settings["twist"] == "moments":
         twist = f"smcdiff.guidance.moment_matching({'' if settings['rank'] is None else settings['rank']})"
     else:
         twist = f"smcdiff.guidance.{settings['twist']}"
