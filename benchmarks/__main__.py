@@ -1,4 +1,6 @@
-"""Run benchmarks: ``python -m benchmarks NAME [options]``, all of them without a name, or ``python -m benchmarks table``.
+"""Run benchmarks: ``python -m benchmarks NAME [options]``, or all of them without a name.
+
+``python -m benchmarks table`` prints the tables of the committed results.
 
 ``--quick`` makes a run of a few seconds that checks the machinery and not the bars; it writes a result only if
 ``--out`` says where.

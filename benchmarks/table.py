@@ -18,7 +18,8 @@ def render(result: dict) -> str:
     parts = [
         f"## {result.get('title', result['benchmark'])}",
         f"`python -m benchmarks {result['benchmark']}` on {result['date']}: {machine['cpu_count']} CPU cores, "
-        f"{machine['device']}; {wall['total']:.0f} s, of which {wall['compile']:.0f} s compiling, {wall['cpu']:.0f} s of processor time. {packages}.",
+        f"device {machine['device']}; {wall['total']:.0f} s, of which {wall['compile']:.0f} s compiling; "
+        f"{wall['cpu']:.0f} s of processor time. {packages}.",
     ]
     if result.get("note"):
         parts.append(result["note"])

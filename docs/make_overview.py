@@ -39,7 +39,10 @@ def infer(name, image, num_particles):
 
 def draw(truth, measured, result, path):
     """One row of pictures."""
-    draws = result.resample(jax.random.key(3), 2).reshape(-1, *truth.shape)[:DRAWS]
+    # From all runs together, each counting by its evidence; the runs one by one would show what hardly has any weight.
+    weights = np.exp(result.pooled_log_weights()).ravel()
+    chosen = np.random.default_rng(0).choice(len(weights), DRAWS, p=weights / weights.sum())
+    draws = result.particles.reshape(-1, *truth.shape)[chosen]
     pictures = [
         ("truth", truth, "gray", 1.0),
         ("measurement", measured, "gray", 1.0),

@@ -114,6 +114,7 @@ def reverse_sample(
 def _sample_loop(rng_key, model, times, eta, num_samples, batch_size):
     schedule, dimension = model.schedule, math.prod(model.event_shape)
     shape = (num_samples, *model.event_shape)
+
     def step(x, inputs):
         index, t, s = inputs
         # Drawn flat: on the CPU a narrow trailing axis makes the same numbers several times slower.

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 __all__ = ["Trace", "keep_position", "run"]
 
-_CHUNKS = 20  # of a run, unless the caller says how long they are: enough for a lively bar, few enough to cost nothing
+_CHUNKS = 20  # of a run with a bar: enough for a lively one, few enough to cost little
 
 
 class Trace(NamedTuple):
@@ -82,7 +82,8 @@ def run(
     thin
         Keep every ``thin``-th step.
     chunk_size
-        Kept steps per compiled chunk; a twentieth of the run if omitted.
+        Kept steps per compiled chunk, after which they move off the device. If omitted, a twentieth of the run with
+        a bar, and all of it without. A last chunk that is shorter is a second program to compile.
     progress
         Whether to show a bar. It changes no number.
 
@@ -114,15 +115,13 @@ def run(
     if state is None:
         state = _start(arrays, rng_key, position, frozen, num_chains)
     num_kept = num_steps // thin
-    chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
+    chunk_size = chunk_size or math.ceil(num_kept / (_CHUNKS if progress else 1))
     kept = []
     with tqdm(total=num_steps, disable=not progress, leave=False) as bar:
         for first in range(0, num_kept, chunk_size):
             count = min(chunk_size, num_kept - first)
-            state, outputs = _chunk(
-                arrays, rng_key, state, first, count, frozen, transform, thin, chunk_size, num_chains
-            )
-            kept.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], outputs))
+            state, outputs = _chunk(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains)
+            kept.append(jax.tree.map(np.asarray, outputs))
             bar.update(count * thin)
     samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *kept)
     return Trace(samples, info, state)
@@ -151,8 +150,8 @@ def _start_program(arrays, rng_key, position, frozen, num_chains):
     return jax.vmap(lambda key, position: algorithm.init(position, key))(keys, position)
 
 
-def _chunk_program(arrays, rng_key, state, first, count, frozen, transform, thin, chunk_size, num_chains):
-    """``chunk_size`` kept steps, of which only the first ``count`` are made: a last, shorter chunk fits in too."""
+def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains):
+    """``count`` kept steps, from kept step number ``first``."""
     algorithm = _join(arrays, frozen)
     keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
 
@@ -160,22 +159,14 @@ def _chunk_program(arrays, rng_key, state, first, count, frozen, transform, thin
         return jax.vmap(lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state))(keys, state)
 
     def kept_step(state, index):
-        def advance(state):
-            start = (first + index) * thin
+        start = (first + index) * thin
+        if thin > 1:
             state = jax.lax.fori_loop(0, thin - 1, lambda j, state: one_step(state, start + j)[0], state)
-            state, info = one_step(state, start + thin - 1)
-            return state, (jax.vmap(transform)(state, info), info)
+        state, info = one_step(state, start + thin - 1)
+        return state, (jax.vmap(transform)(state, info), info)
 
-        def idle(state):
-            outputs = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(advance, state)[1]
-            )
-            return state, outputs
-
-        return jax.lax.cond(index < count, advance, idle, state)
-
-    return jax.lax.scan(kept_step, state, jnp.arange(chunk_size))
+    return jax.lax.scan(kept_step, state, jnp.arange(count))
 
 
 _start = jax.jit(_start_program, static_argnames=("frozen", "num_chains"))
-_chunk = jax.jit(_chunk_program, static_argnames=("frozen", "transform", "thin", "chunk_size", "num_chains"))
+_chunk = jax.jit(_chunk_program, static_argnames=("frozen", "transform", "thin", "count", "num_chains"))

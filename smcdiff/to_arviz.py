@@ -44,7 +44,7 @@ def to_arviz(
     name
         Name of the variable where the samples are a bare array; pytrees name theirs by path.
     dims
-        Names of the event axes of a variable, as in ``{"x": ["row", "column"]}``.
+        Names of the event axes of a variable, as in ``{"x": ["row", "col"]}``.
     coords
         Coordinate values of dimensions.
     problem
@@ -90,9 +90,8 @@ def to_arviz(
 
 def _smc_groups(result, chosen):
     """``sample_stats`` of the draws (which particle, of what weight), and the history by step in ``smc``."""
-    with np.errstate(
-        invalid="ignore"
-    ):  # a chain whose weight was lost: what it began with cannot be told, NaN
+    # NaN for a chain that lost its weight: what it began with cannot be told from what it ended with.
+    with np.errstate(invalid="ignore"):
         start = result.log_evidence - result.info.log_evidence_increment.sum(axis=1)
     history = {
         "ess": result.info.ess,

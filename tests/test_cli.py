@@ -94,6 +94,7 @@ def test_posterior_writes_a_report(demo, tiny):
         "mask": "center",
         "method": "tds",
         "twist": "pigdm",
+        "twist_used": "pigdm",
         "particles": 6,
         "chains": 2,
         "steps": 4,

@@ -128,7 +128,7 @@ def test_data_reads_back_through_arviz(written):
             data.groups() if callable(data.groups) else [name.strip("/") for name in data.groups]
         )
     posterior = data["posterior"]["x"]
-    assert posterior.dims == ("chain", "draw", "row", "column")
+    assert posterior.dims == ("chain", "draw", "row", "col")
     assert posterior.shape == (3, 16, *SHAPE)
     # Each draw is one of its chain's particles: the one that sample_stats names.
     chosen = data["sample_stats"]["particle"].values
@@ -176,6 +176,7 @@ def test_page_is_self_contained(written):
 
 def test_summary_equals_an_independent_computation():
     result, problem, truth = _random_result(), _problem(), _images(1)[0]
+    result.particles[:, :, 3, 3] = 0.99  # a pixel that is certain, and wrong
     samples = result.resample(jax.random.key(5))
     summary = report.summarise(result, problem, truth, samples, tolerance=0.01, peak=1.0)
     # Means and quantiles by plain loops over the pooled particles.
@@ -195,6 +196,9 @@ def test_summary_equals_an_independent_computation():
     inside = [(lo - 0.01 <= v <= up + 0.01) for lo, v, up in zip(lower, t, upper, strict=True)]
     assert summary["coverage"]["fraction"] == pytest.approx(np.mean(np.array(inside)[hidden]))
     assert summary["coverage"]["num_pixels"] == summary["num_unobserved"] == 16
+    uncertain = hidden & (upper - lower > 0.05)
+    assert summary["coverage"]["num_uncertain"] == uncertain.sum()
+    assert summary["coverage"]["fraction_uncertain"] == pytest.approx(np.mean(np.array(inside)[uncertain]))
     assert summary["psnr"]["image"] == pytest.approx(-10 * np.log10(np.mean((mean - t) ** 2)))
     assert summary["psnr"]["unobserved"] == pytest.approx(-10 * np.log10(np.mean((mean - t)[hidden] ** 2)))
     misfit = (np.asarray(problem.y) - mean[~hidden]) / 0.1

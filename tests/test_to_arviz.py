@@ -32,7 +32,7 @@ def result(problem):
 def tree(result, problem):
     return smcdiff.to_arviz(
         result,
-        dims={"x": ["row", "column"]},
+        dims={"x": ["row", "col"]},
         coords={"row": [10, 20]},
         problem=problem,
         constant_data={"truth": np.ones((2, 3))},
@@ -43,8 +43,8 @@ def tree(result, problem):
 
 def test_groups_dims_and_coords(tree, result):
     posterior = tree["posterior"]
-    assert dict(posterior.sizes) == {"chain": 4, "draw": 200, "row": 2, "column": 3}
-    assert posterior["x"].dims == ("chain", "draw", "row", "column")
+    assert dict(posterior.sizes) == {"chain": 4, "draw": 200, "row": 2, "col": 3}
+    assert posterior["x"].dims == ("chain", "draw", "row", "col")
     assert list(posterior["row"].values) == [10, 20]
     assert tree["prior"]["x"].shape == (1, 7, 2, 3)
     np.testing.assert_array_equal(tree["constant_data"]["truth"], np.ones((2, 3)))

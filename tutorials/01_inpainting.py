@@ -266,10 +266,10 @@ print(f"root mean square difference of the means: {np.sqrt(np.mean((estimate.mea
 #
 # - **The class posterior** is found to a few hundredths by 64 particles a run, and more closely with more of them.
 # - **The log evidence** is off by about half a nat, downwards. Its estimates are unbiased before the logarithm, hence
-#   too small more often than too large: most of their mean is carried by rare runs with large values. Four runs that
-#   agree are therefore good but not complete evidence: with 1024 particles they agree more closely with each other
-#   than with the truth. A part of the difference is also the reverse process in 100 steps, which more particles do
-#   not remove.
+#   too small more often than too large: rare runs with large values carry much of their mean. Four runs that agree
+#   are therefore good but not complete evidence: with 1024 particles they lie closer to each other than to the truth.
+#   The reverse process in 100 steps may have a share in the difference; to find out, double `num_steps` and use
+#   several keys.
 # - **The mean image** is right to about a hundredth of the range of pixels.
 #
 # The diagnostics pointed the right way: what the spread between runs called settled was settled, and the spread was

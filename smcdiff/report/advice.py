@@ -56,8 +56,8 @@ def _unreliable(summary):
     if ess["minimum"] < LOW_ESS * ess["num_particles"]:
         yield (
             f"The effective sample size fell to {ess['minimum']:.1f} of {ess['num_particles']} particles (step "
-            f"{ess['minimum_at_step']}, chain {ess['minimum_in_chain']}). Try more particles, more steps, or a "
-            "twist of higher rank."
+            f"{ess['minimum_at_step']}, chain {ess['minimum_in_chain']}). Try more particles, more steps, or another "
+            "twist."
         )
     if summary["max_rhat"] is not None and summary["max_rhat"] > HIGH_RHAT:
         yield (

@@ -15,7 +15,7 @@ DATA_FILES = ("posterior.nc", "posterior.zarr", "posterior.npz")
 
 def image_dims(ndim: int) -> list[str]:
     """Names of the axes of an image."""
-    return ["channel", "row", "column"][3 - ndim :]
+    return ["channel", "row", "col"][3 - ndim :]
 
 
 def save_data(data: Any, folder: Path) -> str:

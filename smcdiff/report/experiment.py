@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,11 +132,14 @@ def posterior_report(
     chosen = {option: getattr(settings, option)} if getattr(settings, option) is not None else {}
     with _naming(option if chosen else "problem"):
         problem = make_problem(key_noise, settings.problem, truth, settings.noise, **chosen)
-    told = _told(settings)
+    twist = TWISTS[settings.twist](settings.rank)
+    told = _told(settings) | {"twist_used": _twist_name(twist or guidance.default_twist(model, problem))}
     with new_folder(out, force=force, replaceable=REPORT_FILES) as partial:
         if progress:
             print("sampling; the first step waits for the program to be compiled", file=sys.stderr)
-        with stopwatch() as watch:
+        with stopwatch() as watch, warnings.catch_warnings():
+            # The report says the same, and more of it.
+            warnings.filterwarnings("ignore", ".* weights came out NaN or infinite", RuntimeWarning)
             result = posterior(
                 key_run,
                 model,
@@ -144,7 +148,7 @@ def posterior_report(
                 num_particles=settings.particles,
                 num_chains=settings.chains,
                 num_steps=settings.steps,
-                twist=TWISTS[settings.twist](settings.rank),
+                twist=twist,
                 ess_threshold=settings.ess_threshold,
                 batch_size=settings.batch_size,
                 progress=progress,
@@ -213,6 +217,11 @@ def _title(settings: Settings) -> str:
     image = settings.image
     name = f"held-out image {image}" if _is_number(image) else Path(str(image)).name
     return f"{TITLES[settings.problem]} of {name} with the model {Path(settings.model).name}"
+
+
+def _twist_name(twist) -> str:
+    rank = getattr(twist, "rank", None)
+    return getattr(twist, "__name__", "moments" if rank is None else f"moments of rank {rank}")
 
 
 def _told(settings: Settings) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from smcdiff.smc import SMCResult
 __all__ = ["Estimates", "coverage", "estimate", "psnr", "scalar_quantities", "summarise"]
 
 NUM_PIXELS = 5
+UNCERTAIN = (
+    0.05  # of the distance from black to white: wider intervals are counted apart, black corners are no feat
+)
 
 
 class Estimates(NamedTuple):
@@ -175,6 +178,7 @@ def summarise(
     estimates = estimate(result, level)
     std = np.sqrt(problem.noise.variance(problem.y.shape))
     misfit = problem.residual(jnp.asarray(estimates.mean, problem.y.dtype)) / std
+    uncertain = where & (estimates.upper - estimates.lower > UNCERTAIN * peak)
     quantities = _diagnose(scalar_quantities(np.asarray(samples), estimates.std, where))
     everything = {
         "valid": result.is_valid,
@@ -191,6 +195,10 @@ def summarise(
             "level": level,
             "fraction": coverage(estimates, truth, where, tolerance),
             "num_pixels": int(where.sum()),
+            "fraction_uncertain": coverage(estimates, truth, uncertain, tolerance)
+            if uncertain.any()
+            else None,
+            "num_uncertain": int(uncertain.sum()),
             "tolerance": tolerance,
         },
         "mean_std_unobserved": float(estimates.std[where].mean()),

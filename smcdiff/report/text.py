@@ -78,8 +78,10 @@ def rows(summary: dict[str, Any]) -> list[Row]:
         ),
         Row(
             f"coverage of {100 * cover['level']:.0f} %",
-            f"{_number(cover['fraction'], '.1%')} of {cover['num_pixels']} unobserved pixels",
-            "share of these pixels whose truth lies in its interval; of one image, whose pixels are not independent",
+            f"{_number(cover['fraction'], '.1%')} of {cover['num_pixels']} unobserved pixels, "
+            f"{_number(cover['fraction_uncertain'], '.1%')} of the {cover['num_uncertain']} that are uncertain",
+            "share of pixels whose truth lies in its interval, of all and of those whose interval is wider than 5 % of "
+            "the range; of one image, whose pixels are not independent",
         ),
         Row(
             "residual",
