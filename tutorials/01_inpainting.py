@@ -264,7 +264,8 @@ print(f"root mean square difference of the means: {np.sqrt(np.mean((estimate.mea
 # %% [markdown]
 # ### What the diagnostics were worth
 #
-# - **The class posterior** is found to a few hundredths by 64 particles a run, and more closely with more of them.
+# - **The class posterior** is found to a few hundredths by 64 particles a run. One key shows no rate: repeat it with
+#   several before you conclude how many particles are enough.
 # - **The log evidence** is off by about half a nat, downwards. Its estimates are unbiased before the logarithm, hence
 #   too small more often than too large: rare runs with large values carry much of their mean. Four runs that agree
 #   are therefore good but not complete evidence: with 1024 particles they lie closer to each other than to the truth.

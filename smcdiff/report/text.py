@@ -58,7 +58,7 @@ def rows(summary: dict[str, Any]) -> list[Row]:
         Row(
             "pooled ESS",
             f"{_number(ess['pooled'], '.1f')} of {particles * chains} particles",
-            "of the final weights over all chains; an upper bound for means and intervals, as particles share ancestors",
+            "of the final weights over all chains; an upper bound for averages, as particles share ancestors",
         ),
         Row(
             "R-hat",
