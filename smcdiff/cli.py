@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--blur-width", type=_positive, metavar="PIXELS", help="deblur: deviation of the kernel (rows / 14)")
     add("--factor", type=_at_least(1), metavar="PIXELS", help="superres: side of a block (4; small images 2)")
     add("--method", metavar="NAME", help="the sampler (tds)")
-    add("--twist", metavar="NAME", help="default, moments, pigdm or dps (default: what suits the model)")
+    add("--twist", metavar="NAME", help="moments, pigdm, dps, or what suits the model (default)")
     add("--rank", type=_at_least(1), help="directions of moments (all)")
     add("--particles", type=_at_least(1), help="particles of a chain (64)")
     add("--chains", type=_at_least(1), help="independent runs (4)")

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 __all__ = ["Trace", "keep_position", "run"]
 
-_CHUNKS = 20  # of a run with a bar: enough for a lively one, few enough to cost little
+_CHUNKS = 10  # of a run, unless the caller says how long they are: enough for a bar, few enough to cost little
 
 
 class Trace(NamedTuple):
@@ -82,8 +82,8 @@ def run(
     thin
         Keep every ``thin``-th step.
     chunk_size
-        Kept steps per compiled chunk, after which they move off the device. If omitted, a twentieth of the run with
-        a bar, and all of it without. A last chunk that is shorter is a second program to compile.
+        Kept steps per compiled chunk, after which they move off the device; a tenth of the run if omitted. A last
+        chunk that is shorter is a second program to compile.
     progress
         Whether to show a bar. It changes no number.
 
@@ -115,7 +115,7 @@ def run(
     if state is None:
         state = _start(arrays, rng_key, position, frozen, num_chains)
     num_kept = num_steps // thin
-    chunk_size = chunk_size or math.ceil(num_kept / (_CHUNKS if progress else 1))
+    chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
     kept = []
     with tqdm(total=num_steps, disable=not progress, leave=False) as bar:
         for first in range(0, num_kept, chunk_size):
