@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 
 __all__ = ["Trace", "keep_position", "run"]
 
-_CHUNKS = 10  # of a run, unless the caller says how long they are: enough for a bar, few enough to cost little
+_CHUNKS = (
+    10  # of a run, unless the caller says how long they are: enough for a bar, few enough to cost little
+)
 
 
 class Trace(NamedTuple):
