@@ -1,8 +1,10 @@
 """The report: each figure against an independent computation, each file against a reader of its format."""
 
 import json
+import os
 import re
 import time
+from pathlib import Path
 
 import arviz
 import jax
@@ -531,6 +533,24 @@ def test_folder_is_replaced_only_if_told_to_and_only_a_report(tmp_path):
         fill("fourth", force=True)
     assert (out / "thesis.tex").read_text() == "years"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_old_report_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("old")
+    rename = os.rename
+
+    def fail_at_the_last_move(source, target):
+        if ".partial-" in Path(source).name and not Path(source).name.endswith(".old"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_at_the_last_move)
+    with pytest.raises(OSError, match="no"), report.new_folder(out, force=True, replaceable=["summary.json"]):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "summary.json").read_text() == "old"
 
 
 def test_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
