@@ -34,7 +34,7 @@ def add_arguments(parser):
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 100, 400])
     parser.add_argument("--orders", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--particles", type=int, default=256, help="of the accuracy runs")
-    parser.add_argument("--chains", type=int, default=16, help="of the accuracy runs")
+    parser.add_argument("--chains", type=int, default=64, help="of the accuracy runs")
     parser.add_argument("--few-particles", type=int, default=8, help="of the unbiasedness runs")
     parser.add_argument("--runs", type=int, default=400, help="of the unbiasedness check")
     parser.add_argument("--reference-samples", type=int, default=1_000_000, help="for the mixture's evidence")
@@ -50,32 +50,23 @@ def run(args) -> dict:
     schedule = schedules.cosine(-9.0)
     gaussian = {name: gaussian_cases(schedule)[name] for name in cases}
     mixture = {} if args.quick else mixture_cases(schedule)
-    rows = []
-    for name, (model, problem) in gaussian.items():
-        for order in args.orders:
-            for num_steps in args.steps:
-                times = smcdiff.log_snr_times(schedule, num_steps)
-                reference = chain_log_evidence(model, problem, times, order)
-                row = {"check": "accuracy", "data": name, "order": order, "steps": num_steps}
-                row |= _compare(
-                    args.seed, model, problem, times, order, args.particles, args.chains, reference, 0.0
-                )
-                rows.append(row | {"chain - limit": reference - _exact(model, problem)})
-    times = smcdiff.log_snr_times(schedule, args.steps[0])
-    for name, (model, problem) in (gaussian | mixture).items():
-        for order in args.orders:
-            if name == "mixture":
-                key = jax.random.fold_in(jax.random.key(args.seed), order)
-                reference, error = prior_chain_evidence(
-                    key, model, problem, times, order, args.reference_samples
-                )
-            else:
-                reference, error = chain_log_evidence(model, problem, times, order), 0.0
-            row = {"check": "unbiasedness", "data": name, "order": order, "steps": args.steps[0]}
-            row |= _compare(
-                args.seed, model, problem, times, order, args.few_particles, args.runs, reference, error
-            )
-            rows.append(row | {"chain - limit": reference - _exact(model, problem)})
+    accuracy, few = (args.particles, args.chains), (args.few_particles, args.runs)
+    checks = [
+        ("accuracy", name, case, order, num_steps, *accuracy)
+        for name, case in gaussian.items()
+        for order in args.orders
+        for num_steps in args.steps
+    ]
+    checks += [
+        ("unbiasedness", name, case, order, args.steps[0], *few)
+        for name, case in (gaussian | mixture).items()
+        for order in args.orders
+    ]
+    key = jax.random.key(args.seed)
+    rows = [
+        one_check(jax.random.fold_in(key, index), *check, args.reference_samples)
+        for index, check in enumerate(checks)
+    ]
     print(format_table(rows))
     return {
         "title": "Evidence estimates against closed forms",
@@ -92,6 +83,38 @@ def run(args) -> dict:
             )
             for row in rows
         ],
+    }
+
+
+def one_check(
+    rng_key, check, name, case, order, num_steps, num_particles, num_chains, reference_samples
+) -> dict:
+    """Mean evidence of independent runs over the reference's, and how many standard errors it lies from 1."""
+    model, problem = case
+    times = smcdiff.log_snr_times(model.schedule, num_steps)
+    key_smc, key_reference = jax.random.split(rng_key)
+    if name == "mixture":
+        reference, reference_error = prior_chain_evidence(
+            key_reference, model, problem, times, order, reference_samples
+        )
+    else:
+        reference, reference_error = chain_log_evidence(model, problem, times, order), 0.0
+    fk = smcdiff.tds(model, problem, times=times, order=order)
+    result = smcdiff.run_smc(key_smc, fk, num_particles, num_chains=num_chains, progress=False)
+    ratio = np.exp(np.asarray(result.log_evidence, float) - reference)
+    error = math.hypot(ratio.std(ddof=1) / math.sqrt(num_chains), reference_error)
+    return {
+        "check": check,
+        "data": name,
+        "order": order,
+        "steps": num_steps,
+        "particles": num_particles,
+        "runs": num_chains,
+        "log evidence": reference,
+        "mean Z_hat / Z": ratio.mean(),
+        "standard error": error,
+        "z score": (ratio.mean() - 1) / error,
+        "chain - limit": reference - _exact(model, problem),
     }
 
 
@@ -226,22 +249,6 @@ def mixture_cases(schedule) -> dict:
     model = smcdiff.GaussianMixtureDiffusion.create(np.array([0.5, 0.2, 0.3]), means, covariances, schedule)
     problem = smcdiff.InverseProblem(inverse.dense(np.array([[0.6, 0.9]]), (2,)), jnp.asarray([1.2]), 0.5)
     return {"mixture": (model, problem)}
-
-
-def _compare(seed, model, problem, times, order, num_particles, num_chains, reference, reference_error):
-    """Mean evidence of independent runs over the reference's, and how many standard errors it lies from 1."""
-    fk = smcdiff.tds(model, problem, times=times, order=order)
-    result = smcdiff.run_smc(jax.random.key(seed), fk, num_particles, num_chains=num_chains, progress=False)
-    ratio = np.exp(np.asarray(result.log_evidence, float) - reference)
-    error = math.hypot(ratio.std(ddof=1) / math.sqrt(num_chains), reference_error)
-    return {
-        "particles": num_particles,
-        "runs": num_chains,
-        "log evidence": reference,
-        "mean Z_hat / Z": ratio.mean(),
-        "standard error": error,
-        "z score": (ratio.mean() - 1) / error,
-    }
 
 
 def _exact(model, problem):

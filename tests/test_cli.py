@@ -13,15 +13,16 @@ import sys
 import threading
 from pathlib import Path
 
-import arviz
 import jax
 import numpy as np
 import pytest
+import xarray
 from PIL import Image
 
 import smcdiff
 from smcdiff import checkpoints, cli, report
 from smcdiff.report import experiment
+from smcdiff.report.data import DATA_FILES
 
 NUM_HELD_OUT = 3
 
@@ -76,13 +77,11 @@ def demo(tiny, tmp_path_factory):
 
 def test_posterior_writes_a_report(demo, tiny):
     out, printed, summary = demo
+    data_file = summary["data_file"]
     for label in ("log evidence", "min ESS", "R-hat", "bulk ESS", "PSNR", "coverage of 90 %", "compiling"):
         assert label in printed
     assert printed.endswith(f"report: {out / 'report.html'}\n")
-    assert {path.name for path in out.iterdir()} == set(report.REPORT_FILES) - {
-        "posterior.zarr",
-        "posterior.npz",
-    }
+    assert {path.name for path in out.iterdir()} == set(report.REPORT_FILES) - set(DATA_FILES) | {data_file}
     assert [path.name for path in out.parent.iterdir()] == ["demo"]
     assert summary["num_measurements"] == 48
     settings = summary["settings"]
@@ -102,7 +101,7 @@ def test_posterior_writes_a_report(demo, tiny):
         "ess_threshold": 0.5,
         "batch_size": None,
     }
-    data = arviz.from_netcdf(out / "posterior.nc")
+    data = xarray.open_datatree(out / data_file)
     assert data["posterior"]["x"].shape == (2, 6, 8, 8)
     truth = checkpoints.held_out(str(tiny))[0][2]
     np.testing.assert_array_equal(data["constant_data"]["truth"].values, truth)

@@ -89,15 +89,20 @@ def written(tmp_path_factory):
     return folder, summary, result, problem, truth
 
 
+def _read(folder):
+    """The data of a report, through ArviZ: netCDF, or zarr where h5py is missing."""
+    netcdf = folder / "posterior.nc"
+    return arviz.from_netcdf(netcdf) if netcdf.exists() else arviz.from_zarr(folder / "posterior.zarr")
+
+
 # The folder and its files
 
 
 def test_folder_holds_the_report_and_nothing_else(written):
     folder, summary, *_ = written
-    expected = set(report.REPORT_FILES) - {"posterior.zarr", "posterior.npz"}
+    expected = set(report.REPORT_FILES) - set(report_data.DATA_FILES) | {summary["data_file"]}
     assert {path.name for path in folder.iterdir()} == expected
     assert [path.name for path in folder.parent.iterdir()] == ["demo"]
-    assert summary["data_file"] == "posterior.nc"
     assert oct(folder.stat().st_mode & 0o700) == "0o700"
 
 
@@ -124,7 +129,7 @@ def test_pictures_open_and_show_something(written):
 
 def test_data_reads_back_through_arviz(written):
     folder, _, result, problem, truth = written
-    data = arviz.from_netcdf(folder / "posterior.nc")
+    data = _read(folder)
     for group in ("posterior", "sample_stats", "observed_data", "constant_data", "smc"):
         assert group in (
             data.groups() if callable(data.groups) else [name.strip("/") for name in data.groups]
@@ -144,12 +149,21 @@ def test_data_reads_back_through_arviz(written):
     assert json.loads(data.attrs["settings"]) == {"noise": 0.5, "mask": "center"}
 
 
+def test_data_are_netcdf_where_that_can_be_written(tmp_path):
+    pytest.importorskip("h5netcdf")
+    pytest.importorskip("h5py")
+    data = smcdiff.to_arviz(_random_result(), problem=_problem())
+    assert report_data.save_data(data, tmp_path) == "posterior.nc"
+    again = arviz.from_netcdf(tmp_path / "posterior.nc")
+    np.testing.assert_array_equal(again["posterior"]["x"].values, data["posterior"]["x"].values)
+
+
 def test_data_without_h5netcdf(tmp_path, monkeypatch):
     result, problem = _random_result(), _problem()
     data = smcdiff.to_arviz(result, problem=problem)
     monkeypatch.setattr(report_data, "_installed", lambda package: package == "zarr")
     assert report_data.save_data(data, tmp_path) == "posterior.zarr"
-    with xarray.open_datatree(tmp_path / "posterior.zarr", engine="zarr", consolidated=False) as tree:
+    with xarray.open_datatree(tmp_path / "posterior.zarr", engine="zarr") as tree:
         np.testing.assert_array_equal(tree["posterior/x"].values, data["posterior"]["x"].values)
     monkeypatch.setattr(report_data, "_installed", lambda package: False)
     assert report_data.save_data(data, tmp_path) == "posterior.npz"
@@ -161,8 +175,9 @@ def test_data_without_h5netcdf(tmp_path, monkeypatch):
 def test_page_is_self_contained(written):
     folder, summary, *_ = written
     page = (folder / "report.html").read_text()
-    assert not re.search(r"https?:|//cdn|<script|<link|@import|url\(", page)
     sources = re.findall(r'\bsrc="([^"]*)"', page)
+    page = re.sub(r"base64,[\w+/=]*", "", page)  # in which any short word may occur
+    assert not re.search(r"https?:|//cdn|<script|<link|@import|url\(", page)
     assert len(sources) == 9
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "href" not in page
@@ -222,7 +237,7 @@ def test_summary_equals_an_independent_computation():
 
 def test_rhat_and_bulk_ess_are_those_of_arviz_on_the_saved_draws(written):
     folder, summary, *_ = written
-    saved = arviz.from_netcdf(folder / "posterior.nc")["posterior"]["x"].values
+    saved = _read(folder)["posterior"]["x"].values
     where = report.unobserved(written[3])
     assert len(summary["quantities"]) == 6
     for name, entry in summary["quantities"].items():

@@ -19,7 +19,7 @@ def image_dims(ndim: int) -> list[str]:
 
 
 def save_data(data: Any, folder: Path) -> str:
-    """Write what `smcdiff.to_arviz` returned: netCDF where h5netcdf is installed, else zarr, else ``.npz``.
+    """Write what `smcdiff.to_arviz` returned: netCDF where h5netcdf and h5py are installed, else zarr, else ``.npz``.
 
     Parameters
     ----------
@@ -34,11 +34,11 @@ def save_data(data: Any, folder: Path) -> str:
     """
     tree = data if isinstance(data, xarray.DataTree) else _tree(data)
     netcdf, zarr, npz = (folder / name for name in DATA_FILES)
-    if _installed("h5netcdf"):
+    if _installed("h5netcdf") and _installed("h5py"):  # h5netcdf does not bring it along
         tree.to_netcdf(netcdf, engine="h5netcdf")
         return netcdf.name
     if _installed("zarr"):
-        tree.to_zarr(zarr, consolidated=False)
+        tree.to_zarr(zarr, zarr_format=2)  # format 3 has no consolidated metadata, and readers warn without
         return zarr.name
     arrays = {
         f"{name}/{key}": np.asarray(values)
