@@ -61,8 +61,8 @@ def default_twist(model: DiffusionModel, problem: InverseProblem) -> Twist:
 
     Exact models get `moment_matching`, in full for up to 32 measurements and with rank 8 beyond. A network gets
     `pigdm`: the covariance (sigma^2/alpha) d x0_hat/dx multiplies the error of the network's Jacobian by the
-    noise-to-signal ratio, and at high noise hardly anything else is left of it (64 particles on the pretrained digits:
-    least ESS 1 with moment matching, 10 to 27 with pigdm).
+    noise-to-signal ratio, and at high noise hardly anything else is left of it (pretrained digits, one inpainting
+    problem, 64 particles, 100 steps: least ESS 1.0 with moment matching of rank 1, 2 or 4, and 6.8 with pigdm).
 
     Parameters
     ----------
