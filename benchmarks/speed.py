@@ -1,11 +1,11 @@
-"""How fast: the library against the network calls it cannot do without, against one compiled loop, against two peers.
+"""How fast and in how much memory: a run against the network calls it cannot do without, and one compiled loop.
 
 Everything is compared within one process, in turns (A, B, then B, A, ...), and reported as a ratio or difference of
-paired times: the median, with quartiles. Compilation is never counted. Five parts:
+paired times: the median, with quartiles. Compilation is never counted. Four parts:
 
 overhead   A whole run of `tds` on a pretrained prior (half the image measured, one chain, warm, no bar) against a bare
            compiled scan of the network calls that its algorithm needs, on the same batch: one `jax.vjp` of the
-           denoiser at the first time and one for each step but the last, with one pull each (dps) or rank + 1
+           denoiser at the first time and one for each step but the last, with one pull each (dps, pigdm) or rank + 1
            (moment matching in a Krylov space and its probe). The pulls of one evaluation depend on each other and
            the step on them, so that none can be merged or dropped. All else counts as overhead: random numbers,
            weights, resampling, linear algebra of the twist, chunks, copies to the host, calls beyond those needed.
@@ -16,21 +16,15 @@ memory     Temporary memory of the compiled chunk of a run (the compiler's own a
            count against it; "clouds a particle adds" says how many there are.
 progress   A run with the progress bar against one without. Bar: 1.1.
 warm       A second `run_smc` of a small problem (25-mode mixture) minus the same loop as one jitted program. Bar: 5 ms.
-reverse    Plain ancestral sampling of the 25-mode mixture with its closed-form denoiser, against azula's DDPM sampler
-           and deepinv's DDPM solver of its variance-preserving SDE, each on its own grid of as many steps. All in
-           float32 on one core; torch runs eagerly, as both libraries do. Bar: 1.5 times as fast as each.
 
-Command: ``python -m benchmarks speed``. The peers: ``pip install azula deepinv torch``, optional.
+Command: ``python -m benchmarks speed``.
 """
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -39,15 +33,17 @@ import numpy as np
 
 import smcdiff
 from benchmarks.common import RESULTS, bar, format_table
+from benchmarks.timing import in_turns, spread
 from smcdiff import guidance, inverse, schedules
 from smcdiff.run import _chunk, _split, _start_program
 from smcdiff.smc.result import _keep_log_weights
 
-PARTS = ("overhead", "memory", "progress", "warm", "reverse")
+PARTS = ("overhead", "memory", "progress", "warm")
 RANK = 4
 TWISTS = {
     # name: (twist, vector-Jacobian products of one evaluation)
     "dps": (guidance.dps, 1),
+    "pigdm": (guidance.pigdm, 1),
     f"moment_matching({RANK})": (guidance.moment_matching(RANK), RANK + 1),
 }
 
@@ -57,21 +53,17 @@ def add_arguments(parser):
     parser.add_argument("--twists", nargs="+", choices=TWISTS, default=list(TWISTS))
     parser.add_argument("--model", default="mnist", help="pretrained prior of the first three parts")
     parser.add_argument("--particles", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="steps on the pretrained prior")
+    parser.add_argument("--steps", type=int, default=50, help="steps on the pretrained prior")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory-particles", type=int, nargs=2, default=[256, 4096])
     parser.add_argument("--batch-size", type=int, default=32, help="of the memory part")
     parser.add_argument("--mixture-steps", type=int, default=100, help="steps on the 25-mode mixture")
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[8, 80], help="of the reverse part")
-    parser.add_argument("--samples", type=int, default=1000, help="of the reverse part")
 
 
 def run(args) -> dict:
-    peers = PEERS
     if args.quick:
         args.model, args.particles, args.steps, args.repeats = "mixture", 8, 4, 2
         args.memory_particles, args.batch_size, args.mixture_steps = [16, 32], 8, 6
-        args.dimensions, args.samples, peers = [8], 50, {}
         args.twists = ["dps"]
     twists = {name: TWISTS[name] for name in args.twists}
     parts = {
@@ -79,7 +71,6 @@ def run(args) -> dict:
         "memory": lambda args: memory(args, twists),
         "progress": progress,
         "warm": warm,
-        "reverse": lambda args: reverse(args, peers),
     }
     rows, bars = _others(args)
     for part in args.parts:
@@ -94,8 +85,7 @@ def run(args) -> dict:
         "title": "Speed and memory",
         "settings": {
             key: value for key, value in vars(args).items() if key not in ("out", "quick", "parts", "repeats")
-        }
-        | {"peers": {name: _version(name) for name in (*PEERS, "torch")}},
+        },
         "seeds": [0],
         "rows": rows,
         "summary": [summarise(row) for row in rows],
@@ -119,9 +109,8 @@ def summarise(row) -> dict:
         "memory": "ratio beyond the cloud",
         "progress": "ratio",
         "warm": "extra_ms",
-        "reverse": "slower by",
     }[row["part"]]
-    cases = [str(row[key]) for key in ("twist", "sampler", "d", "batch_size") if key in row]
+    cases = [str(row[key]) for key in ("twist", "batch_size") if key in row]
     return {
         "part": row["part"],
         "case": ", ".join(cases),
@@ -129,31 +118,8 @@ def summarise(row) -> dict:
         "median": row.get(name),
         "quartile 1": row.get(f"{name}, quartile 1"),
         "quartile 3": row.get(f"{name}, quartile 3"),
-        "note": row.get("note"),
         "load": row["load"],
     }
-
-
-# Timing --------------------------------------------------------------------------------------------------------------
-
-
-def in_turns(functions: dict, repeats: int) -> dict[str, np.ndarray]:
-    """Wall times of each function, called in turns, after one call each that is not counted."""
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    for repeat in range(repeats):
-        for name in list(functions)[:: 1 if repeat % 2 == 0 else -1]:
-            start = time.perf_counter()
-            functions[name]()
-            times[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def spread(name: str, values) -> dict:
-    """Median and quartiles as three entries of a record."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {name: median, f"{name}, quartile 1": low, f"{name}, quartile 3": high}
 
 
 # The pretrained prior ------------------------------------------------------------------------------------------------
@@ -296,9 +262,7 @@ def temporary_memory(fk, num_particles: int, batch_size: int | None) -> tuple[in
 
 def progress(args):
     model, problem = prior_and_problem(args)
-    fk = smcdiff.tds(
-        model, problem, times=smcdiff.log_snr_times(model.schedule, args.steps), twist=guidance.dps
-    )
+    fk = smcdiff.tds(model, problem, times=smcdiff.log_snr_times(model.schedule, args.steps))
 
     def once(show):
         with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
@@ -351,175 +315,3 @@ def one_program(rng_key, fk, num_particles: int):
         return state, (state.log_weights, info)
 
     return jax.lax.scan(step, algorithm.init(None, rng_key), jnp.arange(fk.num_steps))
-
-
-def reverse(args, peers):
-    rows, bars = [], []
-    for dimension in args.dimensions:
-        model, _ = mixture_and_problem(dimension)
-        times = smcdiff.log_snr_times(model.schedule, args.mixture_steps)
-        samplers = {"smcdiff": functools.partial(_ours, model, times, args.samples)}
-        missing = {}
-        with one_core() as pinned:
-            for name, make in peers.items():
-                try:
-                    samplers[name] = make(model, args.samples, args.mixture_steps)
-                except ImportError as error:
-                    missing[name] = f"not installed ({error})"
-            seconds = in_turns(samplers, 2 * args.repeats)
-            clouds = {name: sampler() for name, sampler in samplers.items()}
-        for name in samplers:
-            ratio = seconds[name] / seconds["smcdiff"]
-            row = {
-                "d": dimension,
-                "sampler": name,
-                "ns a particle and step": 1e9
-                * np.median(seconds[name])
-                / (args.samples * args.mixture_steps),
-                **spread("slower by", ratio),
-                **agreement(model, clouds[name]),
-                "one core": pinned,
-            }
-            rows.append(row)
-            if name != "smcdiff":
-                bars.append(bar(f"faster than {name}, d={dimension}", row["slower by"], 1.5, at_least=True))
-        rows += [{"d": dimension, "sampler": name, "note": note} for name, note in missing.items()]
-    return rows, bars
-
-
-def _ours(model, times, num_samples):
-    return np.asarray(smcdiff.reverse_sample(jax.random.key(0), model, times, num_samples))
-
-
-def agreement(model, cloud) -> dict:
-    """How well samples fit: their mean in standard errors, their deviation, and their deviation within a mode."""
-    mean, variance = np.asarray(model.mixture.mean()), np.diag(np.asarray(model.mixture.covariance()))
-    centres = np.asarray(model.mixture.component_means())
-    nearest = centres[np.argmin(((cloud[:, None] - centres) ** 2).sum(-1), axis=1)]
-    return {
-        "mean error / standard error": float(
-            np.abs((cloud.mean(0) - mean) / np.sqrt(variance / len(cloud))).max()
-        ),
-        "sd / exact": float(np.mean(cloud.std(0) / np.sqrt(variance))),
-        "sd within a mode (1)": float(np.sqrt(np.mean((cloud - nearest) ** 2))),
-    }
-
-
-@contextlib.contextmanager
-def one_core():
-    """Keep all threads of this process on one core; yields whether that is possible here."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield False
-        return
-    cores = os.sched_getaffinity(0)
-    _set_affinity({max(cores)})
-    try:
-        yield True
-    finally:
-        _set_affinity(cores)
-
-
-def _set_affinity(cores):
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread.name), cores)
-
-
-# The peers -----------------------------------------------------------------------------------------------------------
-
-
-def _torch_denoiser(model):
-    """The closed-form denoiser E[x_0 | x_t] in torch, as a function of x_t, alpha and sigma."""
-    import torch
-
-    torch.set_num_threads(1)
-    means = torch.tensor(np.asarray(model.mixture.component_means()))
-    log_weights = torch.tensor(np.asarray(model.mixture.log_weights))
-    half_norms = 0.5 * (means**2).sum(1)
-
-    def denoise(x, alpha, sigma):
-        variance = alpha**2 + sigma**2
-        logits = log_weights + (alpha / variance) * (x @ means.T) - (alpha**2 / variance) * half_norms
-        return (alpha / variance) * x + (sigma**2 / variance) * (torch.softmax(logits, 1) @ means)
-
-    return denoise
-
-
-def _azula(model, num_samples: int, num_steps: int):
-    """azula's DDPM sampler on its default variance-preserving schedule."""
-    import torch
-    from azula.denoise import Denoiser, DiracPosterior
-    from azula.noise import VPSchedule
-    from azula.sample import DDPMSampler
-
-    denoise = _torch_denoiser(model)
-
-    class Exact(Denoiser):
-        def __init__(self):
-            super().__init__()
-            self.schedule = VPSchedule()
-
-        def forward(self, x_t, t):
-            return DiracPosterior(denoise(x_t, *self.schedule(t)))
-
-    sampler = DDPMSampler(Exact(), steps=num_steps, silent=True)
-    torch.manual_seed(0)
-    return lambda: sampler(sampler.init((num_samples, *model.event_shape))).numpy()
-
-
-def _deepinv(model, num_samples: int, num_steps: int):
-    """deepinv's DDPM solver of its variance-preserving SDE."""
-    import torch
-
-    try:
-        _declare_torchvision_operators()
-        from deepinv.sampling import DDPMSolver, VariancePreservingDiffusion
-    except RuntimeError as error:
-        raise ImportError(str(error)) from error
-    denoise = _torch_denoiser(model)
-
-    class Exact(torch.nn.Module):
-        def forward(self, x, sigma):
-            return denoise(x, torch.ones_like(sigma), sigma)
-
-    solver = DDPMSolver(
-        timesteps=torch.linspace(1.0, 0.0, num_steps + 1), rng=torch.Generator().manual_seed(0)
-    )
-    sde = VariancePreservingDiffusion(
-        denoiser=Exact(), solver=solver, minus_one_one=False, dtype=torch.float32
-    )
-    return lambda: sde.sample((num_samples, *model.event_shape)).numpy()
-
-
-def _declare_torchvision_operators():
-    """Let deepinv import torchvision, which its samplers do not use, where the compiled operators do not load."""
-    import re
-    from importlib.util import find_spec
-
-    import torch
-
-    if find_spec("torchvision") is None or find_spec("deepinv") is None:
-        raise ImportError("torchvision and deepinv")
-    folder = Path(find_spec("torchvision").origin).parent
-    with contextlib.suppress(OSError):
-        torch.ops.load_library(next(folder.glob("_C*.so"), folder / "_C.so"))
-    if hasattr(torch.ops.torchvision, "nms"):
-        return
-    source = (folder / "_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "DEF")
-    for name in dict.fromkeys(re.findall(r'register_meta\("(\w+)"', source)):
-        library.define(f"{name}(Tensor x) -> Tensor")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT.append(library)  # its operators vanish with it
-
-
-_KEPT: list = []
-PEERS = {"azula": _azula, "deepinv": _deepinv}
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

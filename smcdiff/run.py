@@ -21,9 +21,7 @@ from tqdm.auto import tqdm
 
 __all__ = ["Trace", "keep_position", "run"]
 
-_CHUNKS = (
-    10  # of a run, unless the caller says how long they are: enough for a bar, few enough to cost little
-)
+_CHUNKS = 10  # of a run, unless the caller says how long they are: enough for a bar
 
 
 class Trace(NamedTuple):
@@ -118,14 +116,21 @@ def run(
         state = _start(arrays, rng_key, position, frozen, num_chains)
     num_kept = num_steps // thin
     chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
-    kept = []
+    chunks: list[PyTree] = []
     with tqdm(total=num_steps, disable=not progress, leave=False) as bar:
-        for first in range(0, num_kept, chunk_size):
+
+        def collect(chunk):
+            chunks[chunk] = jax.tree.map(np.asarray, chunks[chunk])
+            bar.update(min(chunk_size, num_kept - chunk * chunk_size) * thin)
+
+        for chunk, first in enumerate(range(0, num_kept, chunk_size)):
             count = min(chunk_size, num_kept - first)
             state, outputs = _chunk(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains)
-            kept.append(jax.tree.map(np.asarray, outputs))
-            bar.update(count * thin)
-    samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *kept)
+            chunks.append(outputs)
+            if chunk:  # wait for the one before only now, so that the device always has its next
+                collect(chunk - 1)
+        collect(len(chunks) - 1)
+    samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *chunks)
     return Trace(samples, info, state)
 
 
