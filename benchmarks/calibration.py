@@ -23,8 +23,8 @@ LEVELS = (0.5, 0.9)
 
 def add_arguments(parser):
     parser.add_argument("--model", default="digits")
-    parser.add_argument("--problems", type=int, default=60)
-    parser.add_argument("--particles", type=int, default=128)
+    parser.add_argument("--problems", type=int, default=50)
+    parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--noise", type=float, default=0.1)
@@ -64,6 +64,7 @@ def run(args) -> dict:
     print(format_table(summary))
     settings = {key: getattr(args, key) for key in vars(args) if key != "out"}
     return {
+        "title": "Coverage on images",
         "settings": settings,
         "seeds": list(range(args.problems)),
         "rows": records,

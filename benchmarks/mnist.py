@@ -67,7 +67,14 @@ def run(args) -> dict:
         "bandwidth": BANDWIDTH
     }
     seeds = list(range(args.measurements))
-    return {"settings": settings, "seeds": seeds, "rows": records, "summary": summary, "bars": bars}
+    return {
+        "title": "MNIST: a network's posterior beside the exact one",
+        "settings": settings,
+        "seeds": seeds,
+        "rows": records,
+        "summary": summary,
+        "bars": bars,
+    }
 
 
 def load_data(args):

@@ -252,8 +252,10 @@ def temporary_memory(fk, num_particles: int, batch_size: int | None) -> tuple[in
     algorithm = smcdiff.smc.smc(fk, num_particles, batch_size=batch_size)
     arrays, frozen = _split(algorithm)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda arrays, key: _start_program(arrays, key, None, frozen, 1), arrays, key)
-    lowered = _chunk.lower(arrays, key, state, 0, frozen, _keep_log_weights, 1, 1, 1)
+    state = jax.eval_shape(
+        lambda arrays, key: _start_program(arrays, key, None, frozen, 1, None), arrays, key
+    )
+    lowered = _chunk.lower(arrays, key, state, 0, frozen, _keep_log_weights, 1, 1, 1, None)
     cloud = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.particles))
     # Memory is assigned before machine code is made, so the code need not be good.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})

@@ -9,6 +9,7 @@ the chunk size nor on the progress bar.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,8 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.base import SamplingAlgorithm
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
+
+from smcdiff.checkpoints.progress import RunFolder, fingerprint
 
 __all__ = ["Trace", "keep_position", "run"]
 
@@ -59,6 +64,8 @@ def run(
     transform: Callable[[Any, Any], PyTree] = keep_position,
     thin: int = 1,
     chunk_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    sharding: NamedSharding | None = None,
     progress: bool = True,
 ) -> Trace:
     """Run an algorithm, several independent chains side by side.
@@ -84,6 +91,12 @@ def run(
     chunk_size
         Kept steps per compiled chunk, after which they move off the device; a tenth of the run if omitted. A last
         chunk that is shorter is a second program to compile.
+    checkpoint
+        Folder in which the run is saved after every chunk, and from which it goes on, with the same numbers to the
+        last bit, if it was interrupted.
+    sharding
+        How the leading axes of the state lie over a mesh of devices: `NamedSharding(mesh, P("x"))` spreads the
+        chains, `P(None, "x")` the particles of SMC. Arrays with fewer axes use the beginning of it.
     progress
         Whether to show a bar. It changes no number.
 
@@ -94,16 +107,15 @@ def run(
     Raises
     ------
     ValueError
-        If a count is not a positive integer, if ``num_steps`` is no multiple of ``thin``, or if both ``position`` and
-        ``state`` are given.
+        If a count is not a positive integer, if ``num_steps`` is no multiple of ``thin``, if both ``position`` and
+        ``state`` are given, or if ``checkpoint`` holds another run.
     """
-    counts = [
+    for name, value in [
         ("num_steps", num_steps),
         ("num_chains", num_chains),
         ("thin", thin),
         ("chunk_size", chunk_size or 1),
-    ]
-    for name, value in counts:
+    ]:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     if num_steps % thin:
@@ -113,23 +125,41 @@ def run(
 
     arrays, frozen = _split(algorithm)
     if state is None:
-        state = _start(arrays, rng_key, position, frozen, num_chains)
+        state = _start(arrays, rng_key, position, frozen, num_chains, sharding)
     num_kept = num_steps // thin
     chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
+    firsts = range(0, num_kept, chunk_size)
+    counts = [min(chunk_size, num_kept - first) for first in firsts]
+
+    def advance(program, chunk, state):
+        first, count = firsts[chunk], counts[chunk]
+        return program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, sharding)
+
     chunks: list[PyTree] = []
-    with tqdm(total=num_steps, disable=not progress, leave=False) as bar:
+    if checkpoint is not None:
+        counted = (num_steps, thin, chunk_size, num_chains)
+        folder = RunFolder(checkpoint, fingerprint(arrays, rng_key, state, counted))
+        kept = [advance(_chunk.eval_shape, chunk, state)[1] for chunk in range(len(counts))]
+        state, chunks = folder.load(state, kept) or (state, [])
+    with tqdm(
+        total=num_steps, initial=sum(counts[: len(chunks)]) * thin, disable=not progress, leave=False
+    ) as bar:
 
-        def collect(chunk):
-            chunks[chunk] = jax.tree.map(np.asarray, chunks[chunk])
-            bar.update(min(chunk_size, num_kept - chunk * chunk_size) * thin)
+        def collect(chunk, state):
+            chunks[chunk] = jax.tree.map(_to_host, chunks[chunk])
+            if checkpoint is not None:
+                folder.save(chunk, jax.tree.map(_to_host, state), chunks[chunk])
+            bar.update(counts[chunk] * thin)
 
-        for chunk, first in enumerate(range(0, num_kept, chunk_size)):
-            count = min(chunk_size, num_kept - first)
-            state, outputs = _chunk(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains)
+        waiting = None
+        for chunk in range(len(chunks), len(counts)):
+            state, outputs = advance(_chunk, chunk, state)
             chunks.append(outputs)
-            if chunk:  # wait for the one before only now, so that the device always has its next
-                collect(chunk - 1)
-        collect(len(chunks) - 1)
+            if waiting is not None:  # only now, so that the device always has its next
+                collect(*waiting)
+            waiting = chunk, state
+        if waiting is not None:
+            collect(*waiting)
     samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *chunks)
     return Trace(samples, info, state)
 
@@ -151,19 +181,48 @@ def _join(arrays, frozen):
     return eqx.combine(arrays, jax.tree.unflatten(frozen.treedef, frozen.leaves))
 
 
-def _start_program(arrays, rng_key, position, frozen, num_chains):
+def _to_host(leaf):
+    """The whole array, also where parts of it lie on other hosts."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf if _is_random_key(leaf) else np.asarray(leaf)
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+
+def _is_random_key(leaf):
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _place(state, sharding):
+    """Constrain each array of the state to as much of the sharding as it has axes for."""
+    if sharding is None:
+        return state
+
+    # Whatever kind of axes the caller's mesh has, the compiler may move data as the algorithm needs.
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+
+    def place(leaf):
+        spec = PartitionSpec(*sharding.spec[: leaf.ndim])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state)
+
+
+def _start_program(arrays, rng_key, position, frozen, num_chains, sharding):
     algorithm = _join(arrays, frozen)
     keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
-    return jax.vmap(lambda key, position: algorithm.init(position, key))(keys, position)
+    return _place(jax.vmap(lambda key, position: algorithm.init(position, key))(keys, position), sharding)
 
 
-def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains):
+def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, sharding):
     """``count`` kept steps, from kept step number ``first``."""
     algorithm = _join(arrays, frozen)
     keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
 
     def one_step(state, k):
-        return jax.vmap(lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state))(keys, state)
+        state, info = jax.vmap(lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state))(
+            keys, state
+        )
+        return _place(state, sharding), info
 
     def kept_step(state, index):
         start = (first + index) * thin
@@ -172,8 +231,10 @@ def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count
         state, info = one_step(state, start + thin - 1)
         return state, (jax.vmap(transform)(state, info), info)
 
-    return jax.lax.scan(kept_step, state, jnp.arange(count))
+    return jax.lax.scan(kept_step, _place(state, sharding), jnp.arange(count))
 
 
-_start = jax.jit(_start_program, static_argnames=("frozen", "num_chains"))
-_chunk = jax.jit(_chunk_program, static_argnames=("frozen", "transform", "thin", "count", "num_chains"))
+_start = jax.jit(_start_program, static_argnames=("frozen", "num_chains", "sharding"))
+_chunk = jax.jit(
+    _chunk_program, static_argnames=("frozen", "transform", "thin", "count", "num_chains", "sharding")
+)
