@@ -101,8 +101,11 @@ def _smc_groups(result, chosen):
         "num_invalid": result.info.num_invalid,
         "log_weights": result.log_weights_by_step,
         "ancestors": result.info.ancestors,
+        # Of the cloud that entered the step, which `ancestors` points to.
+        "unique_ancestors": result.unique_ancestors()[:, :-1],
     }
     axes = {"log_weights": ["particle"], "ancestors": ["particle"]}
+    whole_run = {"log_evidence_std_error": ("chain", result.log_evidence_std_error())}
     return {
         "sample_stats": _dataset(
             {"particle": chosen, "log_weight": np.take_along_axis(result.log_weights, chosen, axis=1)},
@@ -110,7 +113,7 @@ def _smc_groups(result, chosen):
             {},
             {},
         ),
-        "smc": _dataset(history, ("chain", "step"), axes, {}),
+        "smc": _dataset(history, ("chain", "step"), axes, {}).assign(whole_run),
     }
 
 

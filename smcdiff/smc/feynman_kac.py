@@ -8,7 +8,8 @@ two share the expensive network call, so they are one function). It defines unno
 and its evidence, the integral of the last one. `smc` turns it into a `SamplingAlgorithm` whose step resamples if
 the effective sample size has fallen below a threshold, then moves and weighs every particle. The weights belong to
 the state: they are carried until a resampling resets them, and the final ones are there to be used. The estimate
-of the evidence, exp(log_evidence), is unbiased for any number of particles.
+of the evidence, exp(log_evidence), is unbiased for any number of particles. Markov moves that leave the target alone
+may follow every step; they renew the particles and change neither weights nor evidence.
 
 Sources: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers", JRSS-B 68 (2006); Chopin and
 Papaspiliopoulos, "An Introduction to Sequential Monte Carlo", Springer (2020).
@@ -41,6 +42,10 @@ class FeynmanKac(eqx.Module):
         ``step(rng_key, particle, k) -> (particle, log_weight_increment)``: move number k = 0, 1, ..., num_steps - 1.
     num_steps
         Number of moves.
+    log_transition
+        ``log_transition(particle_from, particle_to, k) -> (log_density, log_weight_increment)`` of move k, or None.
+        `smcdiff.smc.particle_gibbs` draws backward with it. A move that has no density, such as a noiseless one, says
+        minus infinity.
 
     Make ``init`` and ``step`` `jax.tree_util.Partial`s of module-level functions, so that what they hold (weights,
     measurements, times) are leaves of the model and a compiled program can be used again.
@@ -49,6 +54,7 @@ class FeynmanKac(eqx.Module):
     init: Callable
     step: Callable
     num_steps: int = eqx.field(static=True)
+    log_transition: Callable | None = None
 
 
 class SMCState(NamedTuple):
@@ -87,6 +93,8 @@ class SMCInfo(NamedTuple):
         What the step added to the log evidence.
     num_invalid
         Number of particles whose weight came out NaN or plus infinity; they were given weight zero.
+    move_info
+        What the moves after the step reported, averaged over particles and moves; None without moves.
     """
 
     ess: Float[Array, ""]
@@ -94,14 +102,17 @@ class SMCInfo(NamedTuple):
     ancestors: Int[Array, " N"]
     log_evidence_increment: Float[Array, ""]
     num_invalid: Int[Array, ""]
+    move_info: PyTree = None
 
 
 class _Sampler(eqx.Module):
     fk: FeynmanKac
     ess_threshold: float
+    move: Callable | None
     num_particles: int = eqx.field(static=True)
     resampling_fn: ResamplingFn = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
+    num_moves: int = eqx.field(static=True)
 
 
 def smc(
@@ -111,6 +122,8 @@ def smc(
     resampling_fn: ResamplingFn = systematic,
     ess_threshold: float = 0.5,
     batch_size: int | None = None,
+    move: Callable | None = None,
+    num_moves: int = 1,
 ) -> SamplingAlgorithm:
     """Sequential Monte Carlo on a Feynman-Kac model, as a BlackJAX `SamplingAlgorithm`.
 
@@ -129,21 +142,28 @@ def smc(
         Resample when the effective sample size falls below this fraction of N: 0 never, 1 (almost) always.
     batch_size
         Particles moved together; bounds memory and changes no result.
+    move
+        ``move(rng_key, particle, k) -> (particle, info)``: a Markov move that leaves invariant what the particles
+        target after step k, for instance from `smcdiff.smc.moves`; info is a pytree of numbers. Nothing can check
+        the invariance: a move that lacks it biases the result.
+    num_moves
+        Times ``move`` is applied after every step.
 
     Raises
     ------
     ValueError
-        If ``num_particles`` is not a positive integer or ``ess_threshold`` lies outside [0, 1].
+        If ``num_particles`` or ``num_moves`` is not a positive integer, or ``ess_threshold`` lies outside [0, 1].
 
     Source: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers", JRSS-B 68 (2006).
     """
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-        raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}.")
+    for name, value in (("num_particles", num_particles), ("num_moves", num_moves)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     if not isinstance(ess_threshold, jax.core.Tracer) and not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(
             f"ess_threshold is a fraction of the particles, between 0 and 1; got {ess_threshold}."
         )
-    sampler = _Sampler(fk, ess_threshold, num_particles, resampling_fn, batch_size)
+    sampler = _Sampler(fk, ess_threshold, move, num_particles, resampling_fn, batch_size, num_moves)
     return SamplingAlgorithm(Partial(_init, sampler), Partial(_step, sampler))
 
 
@@ -162,7 +182,7 @@ def _init(sampler, position, rng_key):
 
 
 def _step(sampler, rng_key, state):
-    """Resample if the weights are uneven, then move and weigh every particle."""
+    """Resample if the weights are uneven, then move and weigh every particle, then rejuvenate."""
     key_resample, key_move = jax.random.split(rng_key)
     num_particles = sampler.num_particles
     identity, uniform = (
@@ -188,8 +208,27 @@ def _step(sampler, rng_key, state):
 
     particles, increments = batched_map(move, sampler.batch_size)(_keys(key_move, sampler), particles)
     log_weights, increment, num_invalid = _reweigh(log_weights, increments)
-    info = SMCInfo(effective_sample_size(log_weights), resampled, ancestors, increment, num_invalid)
+    particles, move_info = _rejuvenate(sampler, key_move, particles, state.step)
+    ess = effective_sample_size(log_weights)
+    info = SMCInfo(ess, resampled, ancestors, increment, num_invalid, move_info)
     return SMCState(particles, log_weights, state.log_evidence + increment, state.step + 1), info
+
+
+def _rejuvenate(sampler, key_move, particles, step):
+    """Apply the Markov moves to every particle; returns them and the average of what the moves reported."""
+    if sampler.move is None:
+        return particles, None
+
+    def moves(key, particle):
+        def one_move(particle, index):
+            return sampler.move(jax.random.fold_in(key, index), particle, step)
+
+        return jax.lax.scan(one_move, particle, jnp.arange(sampler.num_moves))
+
+    # Keys 0, ..., N - 1 of key_move made the step itself.
+    keys = _keys(jax.random.fold_in(key_move, sampler.num_particles), sampler)
+    particles, infos = batched_map(moves, sampler.batch_size)(keys, particles)
+    return particles, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(0, 1)), infos)
 
 
 def _reweigh(log_weights, increments):

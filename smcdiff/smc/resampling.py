@@ -2,25 +2,35 @@
 
 A resampling function is ``f(rng_key, weights, num_samples) -> indices`` with normalised weights of shape (N,) and
 indices of shape (num_samples,), as in BlackJAX, whose functions fit too. Ours never draw a particle of weight
-zero, however the cumulative weights round, and have no outcome of small probability in which all indices are one.
-`systematic` counts the offspring of every particle from the cumulative weights and writes the indices out by one
-scatter and one cumulative sum, without a search and without branches.
+zero, however the weights round, and have no outcome of small probability in which all indices are one.
 
-The cumulative sum of a million float32 weights is not accurate enough to keep |offspring - N w| < 1, so it is
-taken block by block, carrying the whole part as an integer.
+`systematic` and `ssp` give particle i either the floor or the ceiling of m_i = num_samples * weights[i] offspring.
+Both see the fractions f_i of the m_i only through the running sum of them, of which they ask where it passes an
+integer. A float32 sum of a million terms cannot tell; so fractions are unsigned integers in units of 2^-32, whose
+running sum is exact and wraps where it passes an integer: it has passed one at i if it is less than f_i. The numbers of
+offspring are then written out as indices by one scatter and one running sum, without a search and without branches.
 
 Sources: Kitagawa, "Monte Carlo Filter and Smoother", J. Comput. Graph. Stat. 5 (1996); Douc, Cappé and Moulines,
-"Comparison of Resampling Schemes for Particle Filtering", arXiv cs/0507025.
+"Comparison of Resampling Schemes for Particle Filtering", arXiv cs/0507025; Gerber, Chopin and Whiteley, "Negative
+association, ordering and convergence of resampling methods", arXiv 1707.01845.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-__all__ = ["ResamplingFn", "multinomial", "resample_from_log_weights", "residual", "stratified", "systematic"]
+__all__ = [
+    "ResamplingFn",
+    "killing",
+    "multinomial",
+    "resample_from_log_weights",
+    "residual",
+    "ssp",
+    "stratified",
+    "systematic",
+]
 
 ResamplingFn = Callable[[PRNGKeyArray, Float[Array, " N"], int], Int[Array, " num_samples"]]
 
@@ -45,14 +55,40 @@ def systematic(
 
     Source: Kitagawa, "Monte Carlo Filter and Smoother", J. Comput. Graph. Stat. 5 (1996).
     """
-    uniform = jax.random.uniform(rng_key, (), weights.dtype)
-    whole, part = _cumulative(weights * num_samples)
-    # Offspring of particles 0..i: how many of the points u, u+1, ... lie below the cumulative weight.
-    ends = jnp.clip(whole + jnp.ceil(part - uniform).astype(jnp.int32), 0, num_samples)
+    whole, part = _expected_offspring(weights, num_samples)
+    level = _running(jnp.add, part) + jax.random.bits(rng_key, (), jnp.uint32)
+    return _indices(whole + (level < part).astype(jnp.int32), num_samples)
+
+
+def ssp(rng_key: PRNGKeyArray, weights: Float[Array, " N"], num_samples: int) -> Int[Array, " num_samples"]:
+    """Srinivasan sampling process: floor or ceil of ``num_samples * weights[i]`` as well, negatively associated.
+
+    The choice where weighted averages must be proved to converge: systematic resampling, whose numbers of offspring
+    can be positively correlated, has no such proof, and orders of the particles for which it fails.
+
+    One particle at a time is open, its fraction undecided. It meets the next one: if their fractions a and b sum to
+    less than one, one of them takes both and stays open, the newcomer with probability b/(a + b), and the other gets
+    no further offspring; otherwise one gets an offspring, the newcomer with probability (1 - a)/(2 - a - b), and the
+    other keeps a + b - 1. So the open fraction is the running sum of all fractions, and who holds it is the last
+    newcomer that took over: no step has to wait for the one before.
+
+    Parameters as in `systematic`; sorted indices.
+
+    Source: Gerber, Chopin and Whiteley, "Negative association, ordering and convergence of resampling methods",
+    arXiv 1707.01845, whose algorithm is sequential.
+    """
+    whole, part = _expected_offspring(weights, num_samples)
+    after = _running(jnp.add, part)
+    before, passed = after - part, after < part
+    new = jnp.where(passed, -part, part).astype(weights.dtype)  # -x is 2^32 - x
+    old = jnp.where(passed, -before, before).astype(weights.dtype)
+    takes_over = jax.random.uniform(rng_key, weights.shape, weights.dtype) * (new + old) < new
     index = jnp.arange(weights.shape[0], dtype=jnp.int32)
-    ends = jnp.where(index >= _last_positive(weights), num_samples, ends)
-    starts = jnp.zeros(num_samples, jnp.int32).at[ends].add(1, mode="drop")
-    return jnp.cumsum(starts)
+    holder = _running(jnp.maximum, jnp.where(takes_over, index, 0))
+    chosen = jnp.where(takes_over, jnp.roll(holder, 1), index)
+    nobody = weights.shape[0]
+    counts = whole.at[jnp.where(passed, chosen, nobody)].add(1, mode="drop")
+    return _indices(counts, num_samples)
 
 
 def stratified(
@@ -94,6 +130,33 @@ def residual(
     return jnp.where(jnp.arange(num_samples) < jnp.sum(copies), kept, drawn)
 
 
+def killing(
+    rng_key: PRNGKeyArray, weights: Float[Array, " N"], num_samples: int
+) -> Int[Array, " num_samples"]:
+    """Killing: particle i stays in its place with probability w_i / max w, or else is replaced by a draw by weight.
+
+    Nearly even weights move nearly no particle. Indices are not sorted: whoever survives keeps its index.
+
+    Parameters as in `systematic`, but ``num_samples`` must be N.
+
+    Raises
+    ------
+    ValueError
+        If ``num_samples`` is not the number of weights.
+
+    Source: Del Moral, "Feynman-Kac Formulae", Springer (2004).
+    """
+    if num_samples != weights.shape[0]:
+        raise ValueError(
+            f"killing keeps the number of particles: num_samples must be {weights.shape[0]}, got {num_samples}. "
+            "Use another scheme, for instance systematic, to change it."
+        )
+    key_kill, key_draw = jax.random.split(rng_key)
+    survives = jax.random.uniform(key_kill, weights.shape, weights.dtype) * jnp.max(weights) < weights
+    drawn = _owners(weights, jax.random.uniform(key_draw, weights.shape, weights.dtype))
+    return jnp.where(survives, jnp.arange(num_samples, dtype=jnp.int32), drawn.astype(jnp.int32))
+
+
 def resample_from_log_weights(
     resampling_fn: ResamplingFn, rng_key: PRNGKeyArray, log_weights: Float[Array, " N"], num_samples: int
 ) -> Int[Array, " num_samples"]:
@@ -117,25 +180,77 @@ def _owners(weights, points):
     """Index of the particle whose share of [0, 1), proportional to its weight, holds each of ``points``."""
     cumulative = jnp.cumsum(weights)
     owners = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
-    return jnp.minimum(owners, _last_positive(weights))  # a point may round to 1
+    # A point may round to 1, and lies beyond all weights then.
+    index = jnp.arange(weights.shape[0], dtype=jnp.int32)
+    return jnp.minimum(owners, jnp.max(jnp.where(weights > 0, index, 0)))
 
 
-def _last_positive(weights):
-    return jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[0], dtype=jnp.int32), 0))
+def _indices(counts, num_samples):
+    """Index i repeated ``counts[i]`` times, for counts that sum to ``num_samples``."""
+    ends = _running(jnp.add, counts)
+    return _running(jnp.add, jnp.zeros(num_samples, jnp.int32).at[ends].add(1, mode="drop"))
 
 
-def _cumulative(values):
-    """Cumulative sum of non-negative values as (int32 whole part, float remainder), accurate for many values."""
-    block = max(1, math.isqrt(values.shape[0]))
-    padded = jnp.pad(values, (0, -values.shape[0] % block)).reshape(-1, block)
-    within = jnp.cumsum(padded, axis=1)
+def _expected_offspring(weights, num_samples):
+    """``num_samples * weights / sum(weights)`` as int32 whole parts and uint32 parts in units of 2^-32.
 
-    def carry_whole(carry, total):
-        whole, part = carry
-        part = part + total
-        return (whole + jnp.floor(part).astype(jnp.int32), part - jnp.floor(part)), carry
+    They sum to ``num_samples`` exactly, although the weights, being rounded, do not sum to one.
+    """
+    index = jnp.arange(weights.shape[0], dtype=jnp.uint32)
+    # First a thousandth too few, so that what is missing is positive; it is known exactly and shared out by weight.
+    expected = weights * (num_samples * 0.999)
+    first = _fixed_point(expected)
+    total = _total(*first)
+    missing = (num_samples - total[0]).astype(weights.dtype) - total[1].astype(weights.dtype) * 2.0**-32
+    # A Weyl sequence decides which fractions of a unit are rounded up, for all or none would add up to a lot.
+    dither = ((index * jnp.uint32(2654435769)) >> 8).astype(weights.dtype) * 2.0**-24
+    share = _fixed_point(expected * (jnp.maximum(missing, 0) / (num_samples - missing)), dither)
+    whole, part = _add(first, share)
+    # What rounding leaves, some thousand units, is the heaviest one's.
+    total = _total(whole, part)
+    rest = num_samples - total[0] - (total[1] > 0).astype(jnp.int32), -total[1]
+    heaviest = index == jnp.max(jnp.where(weights == jnp.max(weights), index, 0))
+    return _add((whole, part), tuple(jnp.where(heaviest, r, jnp.zeros_like(r)) for r in rest))
 
-    start = (jnp.zeros((), jnp.int32), jnp.zeros((), values.dtype))
-    _, (whole, part) = jax.lax.scan(carry_whole, start, within[:, -1])
-    remainder = (within + part[:, None]).reshape(-1)[: values.shape[0]]
-    return jnp.repeat(whole, block)[: values.shape[0]], remainder
+
+def _fixed_point(values, dither=0.0):
+    """Non-negative values as whole parts and parts in units of 2^-32, rounded down after adding ``dither`` units."""
+    whole = jnp.floor(values)
+    largest = 2.0**32 * (1 - float(jnp.finfo(values.dtype).epsneg))  # what this precision has below 2^32
+    part = jnp.minimum((values - whole) * 2.0**32 + dither, largest)
+    return whole.astype(jnp.int32), part.astype(jnp.uint32)
+
+
+def _add(a, b):
+    part = a[1] + b[1]
+    return a[0] + b[0] + (part < b[1]).astype(jnp.int32), part
+
+
+def _total(whole, part):
+    """Exact sum of fixed-point numbers."""
+    count = jnp.sum(whole, dtype=jnp.int32)
+    while part.shape[0] > 1:
+        rows = jnp.pad(part, (0, -part.shape[0] % 64)).reshape(64, -1)
+        # Sixteen bits at a time, so that no sum overflows.
+        low = jnp.sum(rows & 0xFFFF, axis=0, dtype=jnp.uint32)
+        high = jnp.sum(rows >> 16, axis=0, dtype=jnp.uint32) + (low >> 16)
+        count = count + jnp.sum(high >> 16, dtype=jnp.uint32).astype(jnp.int32)
+        part = (high << 16) | (low & 0xFFFF)
+    return count, part[0]
+
+
+def _running(op, values):
+    """Running sum or maximum of non-negative values.
+
+    In blocks side by side, whose steps are operations on vectors: for a million values, half the time of `jnp.cumsum`.
+    """
+    length, block = values.shape[0], 32
+    columns = jnp.pad(values, (0, -length % block)).reshape(-1, block).T
+    totals = jax.lax.reduce(columns, jnp.zeros((), values.dtype), op, (0,))
+    ends = jax.lax.associative_scan(op, totals) if len(totals) <= 1024 else _running(op, totals)
+
+    def step(carry, row):
+        carry = op(carry, row)
+        return carry, carry
+
+    return jax.lax.scan(step, jnp.pad(ends[:-1], (1, 0)), columns)[1].T.reshape(-1)[:length]

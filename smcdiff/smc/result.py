@@ -5,16 +5,21 @@ are weighed by their evidence estimates, which keeps the pooled average consiste
 """
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.run import run
 from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, smc
+from smcdiff.smc.genealogy import ancestor_lines, common_ancestor_step, families, unique_ancestors
 from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
+from smcdiff.smc.variance import log_evidence_variance, mean_variance
 
 __all__ = ["SMCResult", "run_smc"]
 
@@ -92,6 +97,50 @@ class SMCResult(NamedTuple):
             lambda leaf: _weighted_quantile(np.asarray(leaf), weights, np.asarray(q)), self.particles
         )
 
+    def ancestor_lines(self) -> Int[np.ndarray, "chains clouds N"]:
+        """Ancestors of the final particles in every cloud; see `smcdiff.smc.genealogy.ancestor_lines`."""
+        return np.stack([ancestor_lines(ancestors) for ancestors in self.info.ancestors])
+
+    def unique_ancestors(self) -> Int[np.ndarray, "chains clouds"]:
+        """How many particles of every cloud, the initial one first, have descendants in the last one."""
+        return np.stack([unique_ancestors(ancestors) for ancestors in self.info.ancestors])
+
+    def common_ancestor_step(self) -> Int[np.ndarray, " chains"]:
+        """Number of the cloud that holds the last cloud's most recent common ancestor; -1 if none does."""
+        return np.array([common_ancestor_step(ancestors) for ancestors in self.info.ancestors])
+
+    def log_evidence_std_error(self, lag: int | None = None) -> Float[np.ndarray, " chains"]:
+        """Standard error of each chain's log evidence, from that chain alone.
+
+        Infinite where a chain says nothing about its error: it lost its weight, or all of it is in one family.
+
+        Parameters
+        ----------
+        lag
+            Steps after which particles count as independent; see `smcdiff.smc.variance.log_evidence_variance`.
+        """
+        runs = zip(self.info.ancestors, self.info.resampled, self.log_weights_by_step, strict=True)
+        variances = np.array([log_evidence_variance(*run, lag=lag) for run in runs])
+        return np.where(np.isfinite(self.log_evidence), np.sqrt(np.maximum(variances, 0.0)), np.inf)
+
+    def mean_std_error(self, lag: int | None = None) -> PyTree:
+        """Standard error of `mean`, for every entry; see `smcdiff.smc.variance.mean_variance`.
+
+        Parameters
+        ----------
+        lag
+            Steps after which particles count as independent; never if omitted.
+        """
+        weights = np.exp(self.pooled_log_weights())
+        members = np.stack([families(ancestors, lag)[-1] for ancestors in self.info.ancestors])
+        members = members + np.arange(len(members))[:, None] * members.shape[1]
+
+        def deviation(leaf):
+            values = np.asarray(leaf).reshape(weights.size, *np.shape(leaf)[2:])
+            return np.sqrt(mean_variance(values, weights.ravel(), members.ravel()))
+
+        return jax.tree.map(deviation, self.particles)
+
     def resample(self, rng_key: PRNGKeyArray, num_samples: int | None = None) -> PyTree:
         """Equally weighted draws from each chain, with leading axes (num_chains, num_samples).
 
@@ -130,7 +179,11 @@ def run_smc(
     resampling_fn: ResamplingFn = systematic,
     ess_threshold: float = 0.5,
     batch_size: int | None = None,
+    move: Callable | None = None,
+    num_moves: int = 1,
     chunk_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    sharding: NamedSharding | None = None,
     progress: bool = True,
 ) -> SMCResult:
     """Run SMC on a Feynman-Kac model to its end.
@@ -145,9 +198,9 @@ def run_smc(
         Particles of one run.
     num_chains
         Independent runs, side by side.
-    resampling_fn, ess_threshold, batch_size
+    resampling_fn, ess_threshold, batch_size, move, num_moves
         See `smcdiff.smc.smc`.
-    chunk_size, progress
+    chunk_size, checkpoint, sharding, progress
         See `smcdiff.run`.
 
     Returns
@@ -165,7 +218,13 @@ def run_smc(
         If weights came out NaN or infinite, or a chain lost all its weight; see `SMCResult.is_valid`.
     """
     algorithm = smc(
-        fk, num_particles, resampling_fn=resampling_fn, ess_threshold=ess_threshold, batch_size=batch_size
+        fk,
+        num_particles,
+        resampling_fn=resampling_fn,
+        ess_threshold=ess_threshold,
+        batch_size=batch_size,
+        move=move,
+        num_moves=num_moves,
     )
     trace = run(
         rng_key,
@@ -174,6 +233,8 @@ def run_smc(
         num_chains=num_chains,
         transform=_keep_log_weights,
         chunk_size=chunk_size,
+        checkpoint=checkpoint,
+        sharding=sharding,
         progress=progress,
     )
     final: SMCState = jax.tree.map(np.asarray, trace.state)
