@@ -10,11 +10,21 @@ A sampler names the capability it needs and `require` turns a missing one into a
 A score passed off as the gradient of a constant would make Metropolis kernels accept wrongly without an error.
 """
 
+import warnings
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-__all__ = ["DensityPath", "DiffusionModel", "HasLogDensity", "HasLogRatio", "HasScore", "require"]
+__all__ = [
+    "DensityPath",
+    "DiffusionModel",
+    "HasLogDensity",
+    "HasLogRatio",
+    "HasScore",
+    "ScheduledPath",
+    "require",
+    "warn_unless_diffusion",
+]
 
 
 @runtime_checkable
@@ -54,6 +64,33 @@ class DensityPath(Protocol):
 
 
 @runtime_checkable
+class ScheduledPath(Protocol):
+    """A density path that turns into noise along a Gaussian forward process, known through its scores.
+
+    It need not be the noised version of its law at t = 0: `smcdiff.compose` makes paths that are not, and whose
+    ``is_diffusion`` is False.
+    """
+
+    @property
+    def schedule(self) -> Any:
+        """The forward process, a `smcdiff.schedules.Schedule`."""
+        ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        ...
+
+    def score(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
+        """Score of the density at time ``t``, at one sample ``x``."""
+        ...
+
+    def at(self, t: Float[Array, ""]) -> HasScore:
+        """The density at time ``t``."""
+        ...
+
+
+@runtime_checkable
 class DiffusionModel(Protocol):
     """A density path that is the noised version of its law at t = 0, known through its denoiser."""
 
@@ -84,6 +121,7 @@ _ADVICE = {
     HasScore: "pass a marginal `model.at(t)` or any object with a method score(x)",
     HasLogDensity: "pass an analytic or energy-based density; a network that predicts noise has a score only",
     HasLogRatio: "pass an object with log_ratio(x_from, x_to), or one with a log density",
+    ScheduledPath: "pass a smcdiff.Diffusion, an exact model from smcdiff.analytic, or a composition of such",
     DiffusionModel: "pass a smcdiff.Diffusion, or an exact model from smcdiff.analytic",
 }
 
@@ -104,4 +142,23 @@ def require(target, capability, who: str) -> None:
         raise TypeError(
             f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}; "
             f"{_ADVICE[capability]}."
+        )
+
+
+def warn_unless_diffusion(path, who: str) -> None:
+    """Warn if ``path`` says that it is not the noised version of its law at t = 0, as compositions do.
+
+    Parameters
+    ----------
+    path
+        The density path that was passed; one that says nothing is taken for a diffusion.
+    who
+        Name of the sampler that relies on it, for the message.
+    """
+    if not getattr(path, "is_diffusion", True):
+        warnings.warn(
+            f"{who} follows the reverse process of a diffusion, but this {type(path).__name__} is not the noised "
+            "version of its law at t = 0, so the samples will not have that law; smcdiff.fkc corrects them by weights.",
+            UserWarning,
+            stacklevel=3,
         )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from smcdiff.batching import batched_map
-from smcdiff.density import DiffusionModel, require
+from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
 from smcdiff.schedules import Schedule, check_times
 
 __all__ = ["reverse_sample", "reverse_transition"]
@@ -104,9 +104,15 @@ def reverse_sample(
     ValueError
         If ``times`` is not a grid from 1 to 0.
 
+    Warns
+    -----
+    UserWarning
+        If ``model`` is a composition, which is not the noised version of its law at t = 0; see `smcdiff.fkc`.
+
     Source: "Denoising Diffusion Implicit Models", arXiv 2010.02502.
     """
     require(model, DiffusionModel, "reverse_sample")
+    warn_unless_diffusion(model, "reverse_sample")
     times = check_times(times)
     return _sample(rng_key, model, times, eta, num_samples, batch_size)
 
