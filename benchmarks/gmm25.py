@@ -6,6 +6,8 @@ vectors and singular values U(0, 1), sigma_y = U(0, 1) times the largest of them
 Everything is drawn anew for each seed.
 
 Ground truth: the posterior is a mixture again, with closed-form weights, means, covariance and evidence.
+Samplers: `tds` with its default twist; for comparison other twists, `mcgdiff` with the prior's root mean square as
+sigma_data (its potentials differ from the paper's, see there), and `bootstrap`, importance sampling from the prior.
 Metrics: sliced Wasserstein-1 distance of the weighted particles to as many exact posterior samples; its floor, the
 same distance between two exact sample sets; |log evidence error|.
 Bars, for the library's defaults in every cell (d, d_y): median distance at most 1.6 times the median floor, and a
@@ -24,14 +26,32 @@ import numpy as np
 import smcdiff
 from benchmarks.common import bar, format_table, sliced_wasserstein
 from smcdiff import guidance, inverse, schedules
+from smcdiff.smc import bootstrap, mcgdiff
+
+
+def _tds(twist, order=2):
+    return lambda model, problem, times: smcdiff.tds(model, problem, times=times, twist=twist, order=order)
+
+
+def _mcgdiff(model, problem, times):
+    second_moment = jnp.diag(model.mixture.covariance()) + model.mixture.mean() ** 2
+    return mcgdiff(model, problem, times=times, sigma_data=jnp.sqrt(jnp.mean(second_moment)))
+
+
+def _bootstrap(model, problem, times):
+    return bootstrap(model, problem, times=times)
+
 
 VARIANTS = {
-    # name: (twist, order, comparison only)
-    "tds": (guidance.saddlepoint, 2, False),
-    "tds, order 1": (guidance.saddlepoint, 1, True),
-    "tds, moment twist": (guidance.moment_matching, 2, True),
-    "tds, pigdm twist": (lambda: guidance.pigdm, 2, True),
-    "tds, dps twist": (lambda: guidance.dps, 2, True),
+    # name: (model and problem and times -> Feynman-Kac model; a step's calls of the denoiser; its vector-Jacobian
+    # products, for d_y measurements)
+    "tds": (_tds(guidance.saddlepoint()), 6, lambda dy: 6 * dy),
+    "tds, order 1": (_tds(guidance.saddlepoint(), order=1), 6, lambda dy: 6 * dy),
+    "tds, moment twist": (_tds(guidance.moment_matching()), 1, lambda dy: dy),
+    "tds, pigdm twist": (_tds(guidance.pigdm), 1, lambda dy: 1),
+    "tds, dps twist": (_tds(guidance.dps), 1, lambda dy: 1),
+    "mcgdiff": (_mcgdiff, 1, lambda dy: 0),
+    "bootstrap": (_bootstrap, 1, lambda dy: 0),
 }
 METRICS = ("sw1", "floor", "ratio", "log_evidence_error", "ess", "num_resampled")
 
@@ -57,7 +77,7 @@ def run(args) -> dict:
         schedule, args.steps, log_snr_min=args.log_snr_min, log_snr_max=args.log_snr_max
     )
     seed_sets = {"first": range(args.seeds), "second": range(3000, 3000 + args.seeds)}
-    # Other thresholds and twists are for comparison, on the first set of seeds.
+    # Other thresholds, twists and samplers are for comparison, on the first set of seeds.
     settings = [(set_name, "tds", args.ess_threshold) for set_name in seed_sets]
     settings += [("first", "tds", threshold) for threshold in args.other_thresholds]
     settings += [("first", name, args.ess_threshold) for name in args.variants if name != "tds"]
@@ -123,8 +143,8 @@ def one_seed(seed, d, dy, schedule, times, name, ess_threshold, num_particles) -
     reference = exact.mixture.sample(key_reference, num_particles)
     again = exact.mixture.sample(key_floor, num_particles)
 
-    twist, order, _ = VARIANTS[name]
-    fk = smcdiff.tds(model, problem, times=times, twist=twist(), order=order)
+    make, calls, products = VARIANTS[name]
+    fk = make(model, problem, times)
     result = smcdiff.run_smc(key_smc, fk, num_particles, ess_threshold=ess_threshold, progress=False)
     distance = sliced_wasserstein(result.particles.x[0], reference, x_weights=np.exp(result.log_weights[0]))
     distance = distance if np.isfinite(distance) else np.inf  # a cloud of NaN is as wrong as can be
@@ -145,9 +165,8 @@ def one_seed(seed, d, dy, schedule, times, name, ess_threshold, num_particles) -
         "ess": float(result.ess[0, -1]),
         "ess_min": float(result.ess.min()),
         "num_resampled": int(np.sum(result.info.resampled)),
-        "denoiser_evaluations": evaluations * {"saddlepoint": 6}.get(twist.__name__, 1),
-        "vector_jacobian_products": evaluations
-        * {"saddlepoint": 6 * dy, "moment_matching": dy}.get(twist.__name__, 1),
+        "denoiser_evaluations": evaluations * calls,
+        "vector_jacobian_products": evaluations * products(dy),
     }
 
 

@@ -1,0 +1,168 @@
+"""Monte Carlo guided diffusion: an adapted particle filter for linear inverse problems, without gradients.
+
+Let the whitened measurement be R^-1/2 y = U diag(s) V^T x_0 + eps. In coordinates u = V^T x and w = U^T R^-1/2 y
+measurement and noise are independent, w_i ~ N(s_i u_i, 1). At time t the unknown u_i of x_0 is guessed without help of
+the network, as if the data were N(0, sigma_data^2 I): it is N(b u_i(x_t), r^2), which gives the potentials
+
+    g_t(x) = prod_i N(w_i; a_i u_i(x), v_i),        a = s b,   v = 1 + s^2 r^2,
+    b = alpha / (alpha^2 + sigma^2 / sigma_data^2),        r^2 = sigma^2 / (alpha^2 + sigma^2 / sigma_data^2),
+
+and the likelihood at t = 0. All are Gaussian in x, as is the prior's transition p(x_s | x_t) = N(m, c^2 I), so that
+the locally optimal proposal and its normaliser are at hand: along each coordinate, with a and v at time s,
+
+    q(u_s | x_t)  ~  p g_s  ~  N(m + K (w - a m) / a, c^2 (1 - K)),        K = a^2 c^2 / (a^2 c^2 + v),
+    psi_t(x_t)  =  integral of p g_s  =  N(w; a m, a^2 c^2 + v),
+
+and q = p along all others. Since psi_t is known before the move, particles are weighed by what comes next (a fully
+adapted filter): x_s gets the increment log psi_s(x_s) - log g_s(x_s). The last psi is p(y | x_0), because the last
+transition has no noise. The product of all weights and proposals is prior chain x likelihood: the target is exact
+and the evidence unbiased, whatever the potentials.
+
+This differs from the paper in two ways that lower the variance. The paper has sigma_data = infinity: its potentials
+claim at high noise that the data are as wide as the noise, at a cost in the weights that grows with the number of
+measurements and steps (deviation of log Z_hat 1.2 against 0.4: Gaussian data in three dimensions, two measurements,
+60 steps, 8 particles). And it has r_t^2 - r_tau^2 + kappa (1 + r_tau^2), with r_tau = 1/s, in the place of
+v/s^2 = r_t^2 + r_tau^2: at t = tau it pins x_tau to the measurement, and lets go. That cloud tends to the posterior as
+the steps get finer, but its weights against the likelihood have a second moment only for
+kappa (1 + r_tau^2) > r_tau^2 (if the prior is wide beside the noise), which leaves out the kappa = 1e-4 that it is run
+with. Here nothing is pinned.
+
+Source: Cardoso et al., "Monte Carlo guided Denoising Diffusion models for Bayesian linear inverse problems",
+arXiv 2308.07983.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from smcdiff.density import DiffusionModel
+from smcdiff.inverse import InverseProblem
+from smcdiff.smc.bootstrap import ChainParticle, PriorChain, prior_chain
+from smcdiff.smc.feynman_kac import FeynmanKac
+
+__all__ = ["mcgdiff"]
+
+
+class _Guided(eqx.Module):
+    chain: PriorChain
+    problem: InverseProblem
+    rows: Float[Array, "r d"]  # V^T, of the whitened operator
+    values: Float[Array, " r"]  # its singular values s
+    measured: Float[Array, " r"]  # w
+    sigma_data: Float[Array, ""]
+
+
+def mcgdiff(
+    model: DiffusionModel,
+    problem: InverseProblem,
+    *,
+    times: Float[Array, " steps"],
+    sigma_data: float | Float[Array, ""] = 1.0,
+    order: int = 2,
+) -> FeynmanKac:
+    """Feynman-Kac model of Monte Carlo guided diffusion for a linear inverse problem.
+
+    Run it with `smcdiff.run_smc`, or hand it to `smcdiff.smc`. Particles are `ChainParticle`s. A step costs one call of
+    the network and no gradient. The operator's matrix is decomposed once, so it must be of moderate size.
+
+    Parameters
+    ----------
+    model
+        The prior: anything with ``schedule``, ``event_shape`` and ``denoise``.
+    problem
+        Measurement, operator and noise. For a measurement without noise give a small deviation and a grid that ends
+        below it.
+    times
+        Grid that falls from 1 to 0, for instance `log_snr_times(model.schedule, 100)`.
+    sigma_data
+        Root mean square of the data's entries, positive. It steers and does not bias; rather too large than too small.
+        Infinity gives the paper's potentials (up to kappa).
+    order
+        1 for ancestral steps, 2 for the second-order chain.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` has no denoiser or ``problem`` is no `InverseProblem`.
+    ValueError
+        If ``times`` is no grid from 1 to 0, if the operator does not take the model's samples, if ``sigma_data`` is
+        not positive, or if ``order`` is neither 1 nor 2.
+
+    Source: "Monte Carlo guided Denoising Diffusion models for Bayesian linear inverse problems", arXiv 2308.07983.
+    """
+    chain = prior_chain(model, times, order, "mcgdiff")
+    if not isinstance(problem, InverseProblem):
+        raise TypeError(f"problem must be an InverseProblem, got {type(problem).__name__}.")
+    problem.operator.check(model.event_shape)
+    if not isinstance(sigma_data, jax.core.Tracer) and not sigma_data > 0:
+        raise ValueError(f"sigma_data must be positive, in units of the data, got {sigma_data}.")
+    dtype = chain.times.dtype
+    std = jnp.sqrt(problem.noise.variance(problem.y.shape)).reshape(-1).astype(dtype)
+    left, values, rows = jnp.linalg.svd(
+        problem.operator.matrix().astype(dtype) / std[:, None], full_matrices=False
+    )
+    measured = (problem.y.reshape(-1).astype(dtype) / std) @ left
+    guided = _Guided(chain, problem, rows, values, measured, jnp.asarray(sigma_data, dtype))
+    return FeynmanKac(Partial(_init, guided), Partial(_step, guided), chain.num_steps)
+
+
+def _init(guided, rng_key):
+    """Draw x_1 from N(0, sigma_1^2 I) g_1, which is Gaussian."""
+    chain = guided.chain
+    start = chain.times[0]
+    mean, std = jnp.zeros(chain.model.event_shape, start.dtype), chain.model.schedule.sigma(start)
+    x = _draw(guided, rng_key, mean, std, start)
+    denoised = chain.denoise(x, 0)
+    particle = ChainParticle(x, denoised, denoised)
+    return particle, _log_integral(guided, mean, std, start) + _look_ahead(guided, particle, 0)
+
+
+def _step(guided, rng_key, particle, k):
+    """Move from times[k] to times[k + 1] by the optimal proposal; weigh by what the next move will find."""
+    chain = guided.chain
+    mean, std = chain.transition(particle, k)
+    x = _draw(guided, rng_key, mean, std, chain.times[k + 1])
+    moved = ChainParticle(x, chain.denoise(x, k + 1), particle.denoised)
+    return moved, jnp.where(k == chain.num_steps - 1, 0.0, _look_ahead(guided, moved, k + 1))
+
+
+def _look_ahead(guided, particle, k):
+    """log psi - log g at times[k]; the last transition is a point, and its psi the likelihood there."""
+    chain = guided.chain
+    mean, std = chain.transition(particle, k)
+    log_psi = jnp.where(
+        k == chain.num_steps - 1,
+        guided.problem.log_likelihood(particle.denoised),
+        _log_integral(guided, mean, std, chain.times[k + 1]),
+    )
+    return log_psi - _log_integral(guided, particle.x, 0.0, chain.times[k])
+
+
+def _potential(guided, t):
+    """Slope a and variance v of the potential at time ``t``."""
+    alpha, sigma = guided.chain.model.schedule.alpha(t), guided.chain.model.schedule.sigma(t)
+    total = alpha**2 + (sigma / guided.sigma_data) ** 2
+    total = jnp.where(total > 0, total, 1.0)  # zero if alpha is and sigma_data is infinite
+    return guided.values * (alpha / total), 1.0 + guided.values**2 * (sigma**2 / total)
+
+
+def _log_integral(guided, mean, std, t):
+    """log of the integral of N(x; mean, std^2 I) g_t(x); with std = 0, log g_t(mean)."""
+    slope, variance = _potential(guided, t)
+    total = (slope * std) ** 2 + variance
+    residual = guided.measured - slope * (guided.rows @ mean.reshape(-1))
+    return -0.5 * jnp.sum(residual**2 / total + jnp.log(2 * jnp.pi * total))
+
+
+def _draw(guided, rng_key, mean, std, t):
+    """One draw of N(x; mean, std^2 I) g_t(x), normalised."""
+    slope, variance = _potential(guided, t)
+    total = (slope * std) ** 2 + variance
+    residual = guided.measured - slope * (guided.rows @ mean.reshape(-1))
+    noise = jax.random.normal(rng_key, mean.shape, mean.dtype)
+    # The mean moves towards the measurement and the noise shrinks, along the measured coordinates only.
+    along = guided.rows @ noise.reshape(-1)
+    change = std**2 * slope / total * residual + std * (jnp.sqrt(variance / total) - 1.0) * along
+    return mean + std * noise + (change @ guided.rows).reshape(mean.shape)
