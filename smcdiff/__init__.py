@@ -3,7 +3,7 @@
 A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
 """
 
-from smcdiff import analytic, guidance, inverse, nets, schedules, smc
+from smcdiff import analytic, compose, guidance, inverse, nets, schedules, smc
 from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
 from smcdiff.checkpoints import held_out, load, models
 from smcdiff.diffusion import Diffusion, Marginal
@@ -13,7 +13,19 @@ from smcdiff.posterior import posterior
 from smcdiff.reverse import reverse_sample, reverse_transition
 from smcdiff.run import Trace, run
 from smcdiff.schedules import log_snr_times
-from smcdiff.smc import FeynmanKac, SMCResult, run_smc, tds
+from smcdiff.smc import (
+    FeynmanKac,
+    SMCResult,
+    bootstrap,
+    fk_steering,
+    fkc,
+    mcgdiff,
+    particle_gibbs,
+    particle_marginal_mh,
+    run_smc,
+    svdd,
+    tds,
+)
 from smcdiff.to_arviz import to_arviz
 
 __all__ = [
@@ -28,13 +40,20 @@ __all__ = [
     "SMCResult",
     "Trace",
     "analytic",
+    "bootstrap",
+    "compose",
+    "fk_steering",
+    "fkc",
     "guidance",
     "held_out",
     "inverse",
     "load",
     "log_snr_times",
+    "mcgdiff",
     "models",
     "nets",
+    "particle_gibbs",
+    "particle_marginal_mh",
     "posterior",
     "reverse_sample",
     "reverse_transition",
@@ -42,6 +61,7 @@ __all__ = [
     "run_smc",
     "schedules",
     "smc",
+    "svdd",
     "tds",
     "to_arviz",
 ]

@@ -66,7 +66,7 @@ def test_evidence_is_that_of_the_discretised_chain(order, num_steps):
     ratio = np.exp(np.asarray(result.log_evidence, float) - exact)
     error = ratio.std() / np.sqrt(ratio.size)
     assert abs(ratio.mean() - 1) < Z * error
-    assert error < 0.02
+    assert error < 0.03
 
 
 TWISTS = {
@@ -89,7 +89,7 @@ def test_every_twist_has_the_same_evidence(name):
     ratio = np.exp(np.asarray(result.log_evidence, float) - exact)
     error = ratio.std() / np.sqrt(ratio.size)
     assert abs(ratio.mean() - 1) < Z * error
-    assert error < 0.02
+    assert error < 0.03
 
 
 @pytest.mark.parametrize(("order", "slope"), [(1, 1.0), (2, 2.0)])

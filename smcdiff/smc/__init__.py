@@ -1,23 +1,68 @@
 """Sequential Monte Carlo on Feynman-Kac models."""
 
+from smcdiff.smc.bootstrap import ChainParticle, bootstrap
+from smcdiff.smc.conditional import (
+    ParticleGibbsInfo,
+    ParticleGibbsState,
+    Trajectory,
+    conditional_multinomial,
+    conditional_systematic,
+    particle_gibbs,
+)
 from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, effective_sample_size, smc
-from smcdiff.smc.resampling import multinomial, resample_from_log_weights, residual, stratified, systematic
+from smcdiff.smc.fkc import fkc
+from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
+from smcdiff.smc.mcgdiff import mcgdiff
+from smcdiff.smc.moves import mala_moves, mcmc_moves
+from smcdiff.smc.resampling import (
+    killing,
+    multinomial,
+    resample_from_log_weights,
+    residual,
+    ssp,
+    stratified,
+    systematic,
+)
 from smcdiff.smc.result import SMCResult, run_smc
+from smcdiff.smc.steering import SteeredParticle, fk_steering, jax_reward
+from smcdiff.smc.svdd import DecodedParticle, svdd
 from smcdiff.smc.twisted import TwistedParticle, tds
 
 __all__ = [
+    "ChainParticle",
+    "DecodedParticle",
     "FeynmanKac",
+    "MarginalMHInfo",
+    "MarginalMHState",
+    "ParticleGibbsInfo",
+    "ParticleGibbsState",
     "SMCInfo",
     "SMCResult",
     "SMCState",
+    "SteeredParticle",
+    "Trajectory",
     "TwistedParticle",
+    "bootstrap",
+    "conditional_multinomial",
+    "conditional_systematic",
     "effective_sample_size",
+    "fk_steering",
+    "fkc",
+    "jax_reward",
+    "killing",
+    "mala_moves",
+    "mcgdiff",
+    "mcmc_moves",
     "multinomial",
+    "particle_gibbs",
+    "particle_marginal_mh",
     "resample_from_log_weights",
     "residual",
     "run_smc",
     "smc",
+    "ssp",
     "stratified",
+    "svdd",
     "systematic",
     "tds",
 ]

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from smcdiff.density import DiffusionModel, require
+from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
 from smcdiff.guidance import Twist, TwistValue, default_twist
 from smcdiff.inverse import InverseProblem
 from smcdiff.reverse import reverse_transition
@@ -46,12 +46,12 @@ class TwistedParticle(NamedTuple):
     value
         What the twist said at ``x``.
     previous
-        What it said one step before, from which the second-order step extrapolates.
+        What it said one step before, from which the second-order step extrapolates; None at first order.
     """
 
     x: Float[Array, "*event"]
     value: TwistValue
-    previous: TwistValue
+    previous: TwistValue | None
 
 
 class _TwistedModel(eqx.Module):
@@ -98,13 +98,16 @@ def tds(
     Source: "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models", arXiv 2306.17775.
     """
     require(model, DiffusionModel, "tds")
+    warn_unless_diffusion(model, "tds")
     problem.operator.check(model.event_shape)
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (ancestral) or 2, got {order!r}.")
     times = check_times(times)
     twist = default_twist(model, problem) if twist is None else twist
     twisted = _TwistedModel(model, problem, twist, times, order)
-    return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), len(times) - 1)
+    # A second-order particle remembers its ancestor: the density of a move to it from any other one is zero.
+    log_transition = Partial(_log_transition, twisted) if order == 1 else None
+    return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), len(times) - 1, log_transition)
 
 
 def _init(twisted, rng_key):
@@ -113,7 +116,7 @@ def _init(twisted, rng_key):
     start = twisted.times[0]
     x = twisted.model.schedule.sigma(start) * jax.random.normal(rng_key, twisted.model.event_shape, dtype)
     value = twisted.twist(twisted.model, twisted.problem, x, start)
-    return TwistedParticle(x, value, value), value.log_twist
+    return TwistedParticle(x, value, value if twisted.order == 2 else None), value.log_twist
 
 
 def _step(twisted, rng_key, particle, k):
@@ -139,7 +142,25 @@ def _step(twisted, rng_key, particle, k):
 
     value = jax.lax.cond(is_last, look_at_data, look_ahead, x)
     increment = log_ratio + value.log_twist - particle.value.log_twist
-    return TwistedParticle(x, value, particle.value), increment
+    return TwistedParticle(x, value, particle.value if twisted.order == 2 else None), increment
+
+
+def _log_transition(twisted, particle_from, particle_to, k):
+    """Log density of a first-order move and its weight, from the twists that both particles hold."""
+    schedule, times, value = twisted.model.schedule, twisted.times, particle_from.value
+    t, s, is_last = times[k], times[k + 1], k == times.shape[0] - 2
+    shift = jnp.where(is_last, 0.0, value.shift)
+    mean, std = reverse_transition(schedule, particle_from.x, value.denoised, t, s)
+    guided, _ = reverse_transition(schedule, particle_from.x, value.denoised + shift, t, s)
+    safe_std = jnp.where(std > 0, std, 1.0)
+
+    def log_normal(mean):
+        scaled = (particle_to.x - mean) / safe_std
+        return -0.5 * jnp.sum(scaled**2) - mean.size * (jnp.log(safe_std) + 0.5 * jnp.log(2 * jnp.pi))
+
+    log_density = log_normal(guided)
+    increment = log_normal(mean) - log_density + particle_to.value.log_twist - value.log_twist
+    return jnp.where(std > 0, log_density, -jnp.inf), increment
 
 
 def _extrapolate(twisted, particle, k):
