@@ -5,7 +5,6 @@ The configuration is the tests', never the library's: `smcdiff` must run under a
 """
 
 import os
-from pathlib import Path
 
 # Read when JAX starts its backend, hence before anything here imports it. `setdefault`: a run on a GPU names its own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,14 +21,6 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-# Most of a run is compilation, and most programs are those of the last run: where all are, it took less than half the
-# time (measured). One folder for each worker: JAX does not write entries atomically. `make clean` removes them.
-if jax.config.jax_compilation_cache_dir is None:
-    _CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True)

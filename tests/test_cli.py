@@ -5,7 +5,6 @@ import dataclasses
 import html
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -390,7 +389,7 @@ def test_a_signal_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, number, st
 
     def interrupted(*args, **kwargs):
         assert list(tmp_path.iterdir()) != []
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         raise AssertionError("the signal did not come")
 
     monkeypatch.setattr(experiment, "posterior", interrupted)
