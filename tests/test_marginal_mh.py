@@ -152,6 +152,7 @@ def test_posterior_of_two_parameters_and_the_last_particle():
     assert 0.1 < np.mean(chains()[2].acceptance_rate) < 0.9
 
 
+@pytest.mark.slow
 def test_a_redrawn_estimate_is_seen():
     """The power of the test above: the most common mistake with noisy evidences."""
     errors, _ = errors_after(*chains(step=redrawn_first))
@@ -188,6 +189,7 @@ def noise_log_prior(log_std):
     return log_normal(log_std, NOISE_PRIOR[0], NOISE_PRIOR[1] ** 2)
 
 
+@pytest.mark.slow
 def test_noise_level_of_an_inverse_problem():
     num_chains, num_steps = 4000, 5
     model, times = gaussian(), smcdiff.log_snr_times(schedules.cosine(), 12)

@@ -89,6 +89,7 @@ def test_proposal_and_normaliser_are_those_of_the_product():
     assert np.all(np.abs(np.cov(x.T) - covariance) < Z * error)
 
 
+@pytest.mark.slow
 def test_potentials_are_optimal_for_data_of_that_scale():
     """The guess is exact for N(0, sigma_data^2 I), and then only the steps' own error makes the weights vary."""
     model = smcdiff.GaussianDiffusion(np.zeros(3), 1.44 * np.eye(3), schedules.cosine())
@@ -109,6 +110,7 @@ def test_any_guess_at_the_scale_of_the_data_weighs_properly():
         assert_properly_weighted(run(2, fk), *law, largest_error=0.05)
 
 
+@pytest.mark.slow
 def test_rank_deficient_matrix_with_more_measurements_than_unknowns():
     rows = np.array([[1.0, -0.4, 0.3], [2.0, -0.8, 0.6], [0.2, 0.9, -0.7], [1.2, 0.5, -0.4]])
     measured = problem(rows, [1.2, 0.9, -0.3, 0.4], [0.4, 0.9, 0.7, 0.5])
