@@ -270,6 +270,7 @@ def test_proposals_outside_the_support_are_rejected():
         np.testing.assert_allclose(moved.std(), scale, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_step_size_may_be_one_number():
     """Proposals of two parts are independent; 2000 deviations are known to 1.6 %; 5 sigma = 8 %."""
     start = {"a": jnp.ones(2000), "b": jnp.full(2000, -0.5)}

@@ -118,6 +118,7 @@ def test_rank_deficient_matrix_with_more_measurements_than_unknowns():
     assert_properly_weighted(run(3, mcgdiff(gaussian(), measured, times=times())), *law)
 
 
+@pytest.mark.slow
 def test_almost_no_noise():
     """Deviations of a thousandth, on a grid that ends below them."""
     grid = smcdiff.log_snr_times(schedules.cosine(), 40, log_snr_max=8.0)

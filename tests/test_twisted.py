@@ -106,7 +106,7 @@ def test_the_chain_converges_at_its_order(order, slope):
 
 
 def test_posterior_of_a_mixture():
-    result = tds_runs(3, mixture(), problem(), 100, 1500, 16)
+    result = tds_runs(3, mixture(), problem(), 100, 1500, 16, twist=guidance.moment_matching())
     posterior, log_evidence = mixture().posterior(MATRIX, Y, STD)
     weights = np.exp(np.asarray(result.log_weights, float))
     x = np.asarray(result.particles.x, float)
