@@ -34,6 +34,9 @@ from smcdiff.inverse import InverseProblem
 __all__ = ["saddlepoint", "twist_at_saddlepoint"]
 
 
+_RELIABLE = 0.3  # nats of the fourth-order term up to which it is trusted
+
+
 class _Saddlepoint(eqx.Module):
     num_steps: int = eqx.field(static=True)
 
@@ -84,8 +87,11 @@ def twist_at_saddlepoint(evaluate: Callable, problem: InverseProblem, num_steps:
         target = gradient - remaining * first_gradient
         step = -jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(hessian), True), target)
         _, new_gradient, new_hessian = evaluate(eta + step)
-        # The integral of the gradient along the step, to fourth order.
-        value += 0.5 * step @ (gradient + new_gradient) + step @ (hessian - new_hessian) @ step / 12.0
+        # The integral of the gradient along the step, to fourth order; after a jump from mode to mode, where that is
+        # a guess, the tangent, below which a convex function never is.
+        correction = step @ (hessian - new_hessian) @ step / 12.0
+        integral = 0.5 * step @ (gradient + new_gradient) + correction
+        value += jnp.where(jnp.abs(correction) < _RELIABLE, integral, step @ gradient)
         new = (eta + step, value, new_gradient, new_hessian)
         candidate = under_tilt(*new)
         better = candidate[0] > best[0]
