@@ -138,7 +138,7 @@ def run(
     chunks: list[PyTree] = []
     if checkpoint is not None:
         counted = (num_steps, thin, chunk_size, num_chains)
-        folder = RunFolder(checkpoint, fingerprint(arrays, rng_key, state, counted))
+        folder = RunFolder(checkpoint, fingerprint(algorithm, transform, rng_key, state, counted))
         kept = [advance(_chunk.eval_shape, chunk, state)[1] for chunk in range(len(counts))]
         state, chunks = folder.load(state, kept) or (state, [])
     with tqdm(

@@ -73,7 +73,9 @@ class _Forbidden:
         raise AssertionError("a finished run ran again")
 
 
-@pytest.mark.parametrize("options", [{"seed": 1}, {"chunk_size": 2}, {"num_chains": 3}])
+@pytest.mark.parametrize(
+    "options", [{"seed": 1}, {"chunk_size": 2}, {"num_chains": 3}, {"resampling_fn": smcdiff.smc.multinomial}]
+)
 def test_another_runs_folder_is_refused(tmp_path, options):
     run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"belongs to another run|holds other arrays|the tree needs"):

@@ -6,9 +6,11 @@ from which the run goes on.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +22,20 @@ __all__ = ["RunFolder", "fingerprint"]
 
 
 def fingerprint(*parts: Any) -> str:
-    """Digest of all arrays and numbers in ``parts``: shapes, dtypes and contents."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(parts):
-        array = np.asarray(_without_keys(leaf))
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.tobytes())
+    """Digest of ``parts``: structure, names of functions, and shapes, dtypes and contents of arrays and numbers."""
+    leaves, structure = jax.tree.flatten(parts)
+    digest = hashlib.sha256(_ADDRESS.sub("", str(structure)).encode())
+    for leaf in leaves:
+        if eqx.is_array_like(leaf):
+            array = np.asarray(_without_keys(leaf))
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.tobytes())
+        else:
+            digest.update(_ADDRESS.sub("", repr(leaf)).encode())
     return digest.hexdigest()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # where a function lies in memory differs from process to process
 
 
 class RunFolder:
