@@ -1,6 +1,6 @@
 """Sequential Monte Carlo on Feynman-Kac models."""
 
-from smcdiff.smc.bootstrap import ChainParticle, bootstrap
+from smcdiff.smc.bootstrap import bootstrap
 from smcdiff.smc.conditional import (
     ParticleGibbsInfo,
     ParticleGibbsState,
@@ -14,6 +14,7 @@ from smcdiff.smc.fkc import fkc
 from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
 from smcdiff.smc.mcgdiff import mcgdiff
 from smcdiff.smc.moves import mala_moves, mcmc_moves
+from smcdiff.smc.prior_chain import ChainParticle
 from smcdiff.smc.resampling import (
     killing,
     multinomial,

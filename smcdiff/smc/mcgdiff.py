@@ -39,8 +39,8 @@ from jaxtyping import Array, Float
 
 from smcdiff.density import DiffusionModel
 from smcdiff.inverse import InverseProblem
-from smcdiff.smc.bootstrap import ChainParticle, PriorChain, prior_chain
 from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.prior_chain import ChainParticle, PriorChain, prior_chain
 
 __all__ = ["mcgdiff"]
 

@@ -33,8 +33,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from smcdiff.density import DiffusionModel
-from smcdiff.smc.bootstrap import PriorChain, prior_chain
 from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.prior_chain import PriorChain, prior_chain
 from smcdiff.smc.steering import check_reward
 
 __all__ = ["DecodedParticle", "svdd"]

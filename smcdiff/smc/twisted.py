@@ -10,9 +10,8 @@ and at the last step psi_0 is the likelihood itself and nothing is steered, sinc
 So the weighted particles target the posterior under the prior chain exactly, whatever the twist, and the evidence
 estimate is unbiased; the twist decides the variance.
 
-The chain is the reverse process integrated to second order: m extrapolates x0_hat linearly in log-SNR from the
-previous step, for both p and q (``order=1`` gives the ancestral steps of the paper). It costs no network call, and at
-100 steps removes an error in the weights of modes that first-order chains make for any number of particles.
+The chain is that of `smcdiff.smc.prior_chain`, to second order by default: x0_hat and the shift are both extrapolated
+(``order=1`` gives the ancestral steps of the paper).
 
 Sources: Wu, Trippe, Naesseth, Blei and Cunningham, "Practical and Asymptotically Exact Conditional Sampling in
 Diffusion Models", arXiv 2306.17775; Lu et al., "DPM-Solver++", arXiv 2211.01095 (the second-order step).
@@ -26,12 +25,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
+from smcdiff.density import DiffusionModel
 from smcdiff.guidance import Twist, TwistValue, default_twist
 from smcdiff.inverse import InverseProblem
 from smcdiff.reverse import reverse_transition
-from smcdiff.schedules import check_times
 from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.prior_chain import PriorChain, prior_chain
 
 __all__ = ["TwistedParticle", "tds"]
 
@@ -55,11 +54,12 @@ class TwistedParticle(NamedTuple):
 
 
 class _TwistedModel(eqx.Module):
-    model: DiffusionModel
+    chain: PriorChain
     problem: InverseProblem
     twist: Twist
-    times: Float[Array, " steps"]
-    order: int = eqx.field(static=True)
+
+    def look_ahead(self, x, t):
+        return self.twist(self.chain.model, self.problem, x, t)
 
 
 def tds(
@@ -97,33 +97,26 @@ def tds(
 
     Source: "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models", arXiv 2306.17775.
     """
-    require(model, DiffusionModel, "tds")
-    warn_unless_diffusion(model, "tds")
+    chain = prior_chain(model, times, order, "tds")
     problem.operator.check(model.event_shape)
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 (ancestral) or 2, got {order!r}.")
-    times = check_times(times)
-    twist = default_twist(model, problem) if twist is None else twist
-    twisted = _TwistedModel(model, problem, twist, times, order)
+    twisted = _TwistedModel(chain, problem, default_twist(model, problem) if twist is None else twist)
     # A second-order particle remembers its ancestor: the density of a move to it from any other one is zero.
     log_transition = Partial(_log_transition, twisted) if order == 1 else None
-    return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), len(times) - 1, log_transition)
+    return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), chain.num_steps, log_transition)
 
 
 def _init(twisted, rng_key):
     """Draw x_1 ~ N(0, sigma_1^2 I), weighed by the twist."""
-    dtype = twisted.times.dtype
-    start = twisted.times[0]
-    x = twisted.model.schedule.sigma(start) * jax.random.normal(rng_key, twisted.model.event_shape, dtype)
-    value = twisted.twist(twisted.model, twisted.problem, x, start)
-    return TwistedParticle(x, value, value if twisted.order == 2 else None), value.log_twist
+    x = twisted.chain.start(rng_key)
+    value = twisted.look_ahead(x, twisted.chain.times[0])
+    return TwistedParticle(x, value, _remember(twisted, value)), value.log_twist
 
 
 def _step(twisted, rng_key, particle, k):
     """Move from times[k] to times[k + 1] under the steered chain, and weigh."""
-    schedule, times = twisted.model.schedule, twisted.times
-    t, s, is_last = times[k], times[k + 1], k == times.shape[0] - 2
-    denoised, shift = _extrapolate(twisted, particle, k)
+    chain, is_last = twisted.chain, k == twisted.chain.num_steps - 1
+    schedule, t, s = chain.model.schedule, chain.times[k], chain.times[k + 1]
+    denoised, shift = _extrapolate(chain, particle, k)
     mean, std = reverse_transition(schedule, particle.x, denoised, t, s)
     guided, _ = reverse_transition(schedule, particle.x, denoised + jnp.where(is_last, 0.0, shift), t, s)
     noise = jax.random.normal(rng_key, mean.shape, mean.dtype)
@@ -133,22 +126,24 @@ def _step(twisted, rng_key, particle, k):
     offset = jnp.where(is_last, 0.0, (guided - mean) / jnp.where(std > 0, std, 1.0))
     log_ratio = -jnp.sum(offset * noise) - 0.5 * jnp.sum(offset**2)
 
-    def look_ahead(x):
-        return twisted.twist(twisted.model, twisted.problem, x, s)
-
     def look_at_data(x):
         log_likelihood = twisted.problem.log_likelihood(x)
         return TwistValue(x, jnp.zeros_like(x), log_likelihood)
 
-    value = jax.lax.cond(is_last, look_at_data, look_ahead, x)
+    value = jax.lax.cond(is_last, look_at_data, lambda x: twisted.look_ahead(x, s), x)
     increment = log_ratio + value.log_twist - particle.value.log_twist
-    return TwistedParticle(x, value, particle.value if twisted.order == 2 else None), increment
+    return TwistedParticle(x, value, _remember(twisted, particle.value)), increment
+
+
+def _remember(twisted, value):
+    return value if twisted.chain.order == 2 else None
 
 
 def _log_transition(twisted, particle_from, particle_to, k):
     """Log density of a first-order move and its weight, from the twists that both particles hold."""
-    schedule, times, value = twisted.model.schedule, twisted.times, particle_from.value
-    t, s, is_last = times[k], times[k + 1], k == times.shape[0] - 2
+    chain, value = twisted.chain, particle_from.value
+    schedule, is_last = chain.model.schedule, k == chain.num_steps - 1
+    t, s = chain.times[k], chain.times[k + 1]
     shift = jnp.where(is_last, 0.0, value.shift)
     mean, std = reverse_transition(schedule, particle_from.x, value.denoised, t, s)
     guided, _ = reverse_transition(schedule, particle_from.x, value.denoised + shift, t, s)
@@ -163,18 +158,13 @@ def _log_transition(twisted, particle_from, particle_to, k):
     return jnp.where(std > 0, log_density, -jnp.inf), increment
 
 
-def _extrapolate(twisted, particle, k):
-    """Denoised sample and shift for the step from times[k], extrapolated over half of it at second order."""
-    value = particle.value
-    if twisted.order == 1:
+def _extrapolate(chain, particle, k):
+    """Denoised sample and shift for step ``k``, extrapolated over half of it at second order."""
+    value, previous = particle.value, particle.previous
+    if chain.order == 1:
         return value.denoised, value.shift
-    times, schedule = twisted.times, twisted.model.schedule
-    first, last = k == 0, k == times.shape[0] - 2
-    now = schedule.log_snr(times[k])
-    width = jnp.where(last, 0.0, schedule.log_snr(times[k + 1]) - now)
-    previous_width = now - schedule.log_snr(times[k - 1])
-    share = jnp.where(first | last, 0.0, 0.5 * width / jnp.where(first, 1.0, previous_width))
+    share = chain.share(k)
     return (
-        value.denoised + share * (value.denoised - particle.previous.denoised),
-        value.shift + share * (value.shift - particle.previous.shift),
+        value.denoised + share * (value.denoised - previous.denoised),
+        value.shift + share * (value.shift - previous.shift),
     )
