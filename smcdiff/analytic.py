@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from smcdiff.compose.operators import Composable
 from smcdiff.density import HasScore
 from smcdiff.diffusion import Marginal
 from smcdiff.mixture import GaussianMixture
@@ -29,7 +30,7 @@ from smcdiff.schedules import Schedule
 __all__ = ["EmpiricalDiffusion", "GaussianDiffusion", "GaussianMixtureDiffusion"]
 
 
-class GaussianMixtureDiffusion(eqx.Module):
+class GaussianMixtureDiffusion(Composable, eqx.Module):
     """The exact diffusion model of data from a Gaussian mixture.
 
     Parameters
@@ -103,7 +104,7 @@ def GaussianDiffusion(mean, covariance, schedule: Schedule, *, dtype=None) -> Ga
     )
 
 
-class EmpiricalDiffusion(eqx.Module):
+class EmpiricalDiffusion(Composable, eqx.Module):
     """The exact diffusion model of a kernel density of a data set, with optional smoothing and truncation.
 
     The law of the data is (1/K) sum_k N(data_k, bandwidth^2 I).

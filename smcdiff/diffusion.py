@@ -21,6 +21,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from smcdiff.compose.operators import Composable
 from smcdiff.density import DiffusionModel
 from smcdiff.schedules import Schedule
 
@@ -29,7 +30,7 @@ __all__ = ["Diffusion", "Marginal"]
 PREDICTIONS = ("eps", "x0", "v", "velocity", "score", "edm")
 
 
-class Diffusion(eqx.Module):
+class Diffusion(Composable, eqx.Module):
     """A pretrained diffusion model: a path of densities known through its denoiser.
 
     All methods act on ONE sample; batches are made outside with `jax.vmap`. The weights are pytree leaves, so a

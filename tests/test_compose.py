@@ -47,6 +47,7 @@ def moving(t):
 CASES = {
     "product": (lambda a, b, c: compose.product(a, b, c), (1, 1, 1), 0),
     "temper": (lambda a, b, c: compose.temper(a, 0.4), (0.4, 0, 0), 0),
+    "operators": (lambda a, b, c: (a * b**1.5) ** 2.0 * c**moving, (2.0, 3.0, 0.35), 0),
     "geometric average": (lambda a, b, c: compose.geometric_average(a, b, 0.3), (0.7, 0.3, 0), 0),
     "guide": (lambda a, b, c: compose.guide(a, b, 1.5), (1.5, -0.5, 0), 0),
     "contrast": (lambda a, b, c: compose.contrast(a, c, 0.6), (1, 0, -0.6), 0),
@@ -142,6 +143,20 @@ def test_mixtures_refuse_what_has_no_normalised_density():
             ValueError, match=r"weights must be non-negative, not all zero and of shape \(2,\)"
         ):
             compose.mixture(a, b, weights=weights)
+
+
+def test_every_kind_of_path_has_the_operators():
+    a, b, c = models()
+    data = smcdiff.EmpiricalDiffusion(jnp.asarray(NARROW, jnp.float32), 0.3, SCHEDULE)
+    network = smcdiff.Diffusion(None, lambda params, x, t: -x, SCHEDULE, "score", (2,))
+    for path in (b, data, network, compose.mixture(a, c, weights=np.array([0.4, 0.6])), compose.temper(b, 0.4)):
+        expected = np.asarray(a.score(X, T)) + 0.7 * np.asarray(path.score(X, T))
+        np.testing.assert_allclose((a * path**0.7).score(X, T), expected, rtol=1e-4)
+        np.testing.assert_allclose((path**0.7 * a).score(X, T), expected, rtol=1e-4)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        a * 2.0
+    with pytest.raises(ValueError, match="temper: the exponents must be finite with a positive sum"):
+        a**-1.0
 
 
 def test_parts_must_fit_together():

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from smcdiff.compose.operators import Composable
 from smcdiff.compose.weighted import check_parts
 from smcdiff.density import DiffusionModel, HasLogDensity, require
 
 __all__ = ["MixturePath", "mixture"]
 
 
-class MixturePath(eqx.Module):
+class MixturePath(Composable, eqx.Module):
     """A mixture of diffusion models; build it with `mixture`.
 
     Parameters

@@ -20,6 +20,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from smcdiff.compose.operators import Composable
 from smcdiff.compose.tails import least_tail
 from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, require
 
@@ -31,7 +32,7 @@ Reward = Callable[[Float[Array, "*event"], Float[Array, ""]], Float[Array, ""]]
 _LOOKED_AT = np.linspace(0.0, 1.0, 11)  # times at which exponents that are functions are checked
 
 
-class Composition(eqx.Module):
+class Composition(Composable, eqx.Module):
     """A weighted product of density paths, times the exponential of a reward.
 
     Build it with `product`, `temper`, `geometric_average`, `guide`, `contrast` or `condition`, which check it.
