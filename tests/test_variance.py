@@ -118,7 +118,6 @@ def test_log_evidence_variance_is_that_over_runs(name, scheme, threshold):
         assert 0.1 < resampled.mean() < 0.9
     truth = np.var(np.asarray(result.log_evidence, float), ddof=1)
     estimates = result.log_evidence_std_error() ** 2
-    print(f"{name} {scheme} {threshold}: {estimates.mean() / truth:.3f}, cv {estimates.std() / truth:.2f}")
     assert estimates.std() / np.sqrt(NUM_CHAINS) < 0.02 * truth
     assert abs(estimates.mean() / truth - 1) < 0.25
 
@@ -137,7 +136,6 @@ def test_multinomial_agrees_with_the_formula_of_the_paper(name):
         theirs.append(1 - factor * (1 - np.sum(shares**2)))
     ours = -np.expm1(-(result.log_evidence_std_error() ** 2))
     gap = ours - theirs
-    print(name, ours.mean(), np.mean(theirs), gap.std() / np.sqrt(NUM_CHAINS), ours.std(), np.std(theirs))
     assert abs(gap.mean()) < 5 * gap.std() / np.sqrt(NUM_CHAINS) + 2 / num_particles * ours.mean()
 
 
@@ -159,7 +157,6 @@ def _means(result, lag=None):
 def test_variance_of_a_mean_is_that_over_runs(name, scheme, lag):
     means, estimates = _means(_run(name, scheme, 0.5), lag)
     ratio = estimates.mean(0) / means.var(0, ddof=1)
-    print(f"{name} {scheme} {lag}: {ratio}")
     assert np.all(np.abs(ratio - 1) < 0.25)
 
 
@@ -170,7 +167,6 @@ def test_standard_error_of_the_pooled_mean():
     groups = [jax.tree.map(operator.itemgetter(slice(i, i + 4)), whole) for i in starts]
     truth = np.var([group.mean() for group in groups], ddof=1)
     estimates = np.array([group.mean_std_error() ** 2 for group in groups])
-    print(estimates.mean() / truth)
     # 250 groups: a standard error of 9 %.
     assert abs(estimates.mean() / truth - 1) < 0.45
 
@@ -246,5 +242,4 @@ def test_resampling_at_the_first_step_overestimates_by_little(name):
     )
     truth = np.var(np.asarray(result.log_evidence, float), ddof=1)
     found = np.mean(result.log_evidence_std_error() ** 2)
-    print(name, found / truth, (found - truth) * NUM_PARTICLES)
     assert 0.8 * truth < found < 1.2 * truth + 1 / NUM_PARTICLES
