@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import norm, wasserstein_distance
 
 import smcdiff
-from benchmarks import digits, evidence, table
+from benchmarks import annealing, digits, evidence, table
 from benchmarks.__main__ import main, names
 from benchmarks.common import bar, format_table, sliced_wasserstein, total_variation
 from smcdiff import guidance, schedules
@@ -18,7 +18,8 @@ from smcdiff import guidance, schedules
 # Third-party samplers and NumPy's double precision inside: strict promotion is the library's rule, not the benchmarks'.
 pytestmark = pytest.mark.lenient_promotion
 
-MINE = ("digits", "evidence", "gmm25")
+MINE = ("annealing", "digits", "evidence", "gmm25")
+NEEDS = {"annealing": "ot", "digits": "sklearn"}
 FIELDS = {
     "benchmark",
     "title",
@@ -36,8 +37,8 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", MINE)
 def test_quick_run_writes_a_complete_record(name, tmp_path, capsys):
-    if name == "digits":
-        pytest.importorskip("sklearn")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     out = tmp_path / f"{name}.json"
     assert main([name, "--quick", "--out", str(out)]) == 0
     result = json.loads(out.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
@@ -170,3 +171,24 @@ def test_closed_form_twist_is_the_librarys(task):
     for log_snr in (-2.0, 0.5, 2.0):
         for found, expected in zip(*both(log_snr), strict=True):
             assert jnp.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_cube_of_the_mixture_is_a_mixture():
+    exact, log_integral = annealing.exact_cube()
+    cells, by_quadrature = annealing.mode_weights(0.2)
+    assert log_integral == pytest.approx(by_quadrature, abs=1e-9)
+    # The density is the cube over its integral, wherever that is not negligible.
+    scale, width = annealing.SCALE, annealing.WIDTH
+    prior = smcdiff.GaussianMixture.create(np.ones(40), annealing.mode_means() / scale, (width / scale) ** 2)
+    x = exact.sample(jax.random.key(0), 2000)
+    cube = 3 * jax.vmap(prior.logdensity)(x) - log_integral
+    np.testing.assert_allclose(jax.vmap(exact.logdensity)(x), cube, atol=1e-3)
+    # Its samples fall into the cells as often as quadrature says: 40 binomials, false-fail rate below 3e-4 in all.
+    found = np.bincount(annealing.nearest_mean(scale * np.asarray(x)), minlength=40) / len(x)
+    assert np.all(np.abs(found - cells) < 5 * np.sqrt(cells * (1 - cells) / len(x)) + 1 / len(x))
+
+
+def test_wasserstein2_of_a_shift():
+    pytest.importorskip("ot")
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    assert annealing.wasserstein2(x[::-1], x + [3.0, -4.0]) == pytest.approx(5.0)
