@@ -79,7 +79,8 @@ def fkc(
         Noise of the reverse process: 0 for an ordinary differential equation, 1 for the time reversal.
     weights
         "score" for weights from scores, right in the limit of small steps; "density" for weights from log densities,
-        right at any step size.
+        right at any step size. Take the latter with moves of `smcdiff.smc.moves`: between weights from scores they
+        add an error of first order in the step to the log evidence.
     drift_control
         For "score" weights: keep the noise phase stationary, at the cost of a Jacobian-vector product of the scores.
         By default where the exponents do not sum to 1, as in products and powers: there, weights without it spread
