@@ -394,7 +394,9 @@ def test_a_signal_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, number, st
 
     monkeypatch.setattr(experiment, "posterior", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it
     try:
         assert _status(_arguments(tiny, tmp_path / "out")) == status
     finally:

@@ -149,7 +149,13 @@ def test_every_kind_of_path_has_the_operators():
     a, b, c = models()
     data = smcdiff.EmpiricalDiffusion(jnp.asarray(NARROW, jnp.float32), 0.3, SCHEDULE)
     network = smcdiff.Diffusion(None, lambda params, x, t: -x, SCHEDULE, "score", (2,))
-    for path in (b, data, network, compose.mixture(a, c, weights=np.array([0.4, 0.6])), compose.temper(b, 0.4)):
+    for path in (
+        b,
+        data,
+        network,
+        compose.mixture(a, c, weights=np.array([0.4, 0.6])),
+        compose.temper(b, 0.4),
+    ):
         expected = np.asarray(a.score(X, T)) + 0.7 * np.asarray(path.score(X, T))
         np.testing.assert_allclose((a * path**0.7).score(X, T), expected, rtol=1e-4)
         np.testing.assert_allclose((path**0.7 * a).score(X, T), expected, rtol=1e-4)

@@ -61,7 +61,7 @@ show(
 
 # %% [markdown]
 # The two pictures in the middle are without noise. The last one is what we get, from the sharp camera: from here on the
-# analysis does not know that. Noise with a deviation of 0.25 hides most of the difference, so the question is a real
+# analysis does not know that. Noise with a deviation of 0.3 hides most of the difference, so the question is a real
 # one.
 #
 # Both problems have the same $y$ and only differ in the operator. Likelihoods are normalised, so the evidences can be
@@ -100,7 +100,7 @@ print(f"exact log Bayes factor, sharp against soft: {exact['sharp'] - exact['sof
 # - *within*: every run estimates its own error from the genealogy of its particles, `log_evidence_std_error()`;
 # - *between*: the spread of the eight runs, divided by the root of eight.
 #
-# The second needs several runs, the first does not. The steps are spread between log-SNR −3 and 3: at lower ones no
+# The second needs several runs, the first does not. The steps are spread between log-SNR −2.5 and 4: at lower ones no
 # digit can be seen, at higher ones the measurement has nothing left to say. The twist is `pigdm`, as it will be for the
 # network; an exact prior would get a dearer one by default.
 
