@@ -97,7 +97,8 @@ print(f"exact log Bayes factor, sharp against soft: {exact['sharp'] - exact['sof
 # Now the sampler, which sees nothing but the denoiser. Eight independent runs of each camera give a pooled estimate and
 # two standard errors of it:
 #
-# - *within*: every run estimates its own error from the genealogy of its particles, `log_evidence_std_error()`;
+# - *within*: every run estimates its own error from the genealogy of its particles, `pooled_log_evidence_std_error()`
+#   puts them together;
 # - *between*: the spread of the eight runs, divided by the root of eight.
 #
 # The second needs several runs, the first does not. The steps are spread between log-SNR −2.5 and 4: at lower ones no
@@ -123,9 +124,8 @@ def pooled(result):
     """Pooled log evidence, and its standard error from within the runs and from the spread between them."""
     log_evidence = np.asarray(result.log_evidence, float)
     shares = np.exp(log_evidence - np.logaddexp.reduce(log_evidence))
-    within = np.sqrt(np.sum((shares * result.log_evidence_std_error()) ** 2))
     between = np.sqrt(len(shares)) * shares.std(ddof=1)
-    return result.pooled_log_evidence(), within, between
+    return result.pooled_log_evidence(), result.pooled_log_evidence_std_error(), between
 
 
 print("steps particles  camera  estimate   exact   error  within  between")

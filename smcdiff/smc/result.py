@@ -123,6 +123,21 @@ class SMCResult(NamedTuple):
         variances = np.array([log_evidence_variance(*run, lag=lag) for run in runs])
         return np.where(np.isfinite(self.log_evidence), np.sqrt(np.maximum(variances, 0.0)), np.inf)
 
+    def pooled_log_evidence_std_error(self, lag: int | None = None) -> float:
+        """Standard error of `pooled_log_evidence`, from the chains' own errors; infinite where one that counts is.
+
+        Parameters
+        ----------
+        lag
+            As in `log_evidence_std_error`.
+        """
+        values = np.asarray(self.log_evidence, float)
+        if np.all(values == -np.inf):
+            return np.inf
+        shares = np.exp(values - np.logaddexp.reduce(values))
+        counts = shares > 0
+        return float(np.sqrt(np.sum((shares[counts] * self.log_evidence_std_error(lag)[counts]) ** 2)))
+
     def mean_std_error(self, lag: int | None = None) -> PyTree:
         """Standard error of `mean`, for every entry; see `smcdiff.smc.variance.mean_variance`.
 
