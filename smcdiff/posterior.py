@@ -26,7 +26,7 @@ def posterior(
     num_steps: int = 100,
     times: Float[Array, " steps"] | None = None,
     twist: Twist | None = None,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> SMCResult:

@@ -531,6 +531,13 @@ def test_a_new_model_of_the_same_shape_does_not_trace_again():
     assert 1 <= first == len(_traces)
 
 
+def test_a_threshold_for_each_step_is_a_schedule():
+    schedule = np.array([0.0, 1.0, 1.0, 0.0], np.float32)
+    algorithm = particle_gibbs(state_space(OBSERVED), 4, ess_threshold=schedule)
+    _, info = algorithm.step(jax.random.key(23), algorithm.init(None, jax.random.key(22)))
+    np.testing.assert_array_equal(info.resampled, schedule == 1.0)
+
+
 def test_a_trajectory_goes_in_and_comes_out():
     algorithm = particle_gibbs(state_space(OBSERVED), 4)
     drawn = algorithm.init(None, jax.random.key(20))

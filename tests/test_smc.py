@@ -39,6 +39,17 @@ def test_evidence_is_unbiased_with_few_particles(case, threshold, resampling_fn)
     assert ratio.std() / np.sqrt(ratio.size) < 0.05  # the test has the power to see a bias of a quarter
 
 
+def test_a_threshold_for_each_step_is_a_schedule(case):
+    schedule = np.zeros(case.fk.num_steps, np.float32)
+    schedule[1::2] = 1.0
+    result = run_smc(jax.random.key(13), case.fk, 5, num_chains=4000, ess_threshold=schedule, progress=False)
+    # In the discrete model the weights of all five may come out equal.
+    assert not result.info.resampled[:, ::2].any() and result.info.resampled[:, 1::2].mean() > 0.9
+    ratio = np.exp(np.asarray(result.log_evidence, float) - case.log_evidence)
+    assert abs(ratio.mean() - 1) < Z * ratio.std() / np.sqrt(ratio.size)
+    assert ratio.std() / np.sqrt(ratio.size) < 0.05
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_final_weighted_mean_is_the_filter_mean(case, threshold):
     result = run_smc(jax.random.key(2), case.fk, 2000, num_chains=24, ess_threshold=threshold, progress=False)
@@ -173,10 +184,15 @@ def test_bad_number_of_particles(case, num_particles):
         smc(case.fk, num_particles)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5])
+@pytest.mark.parametrize("threshold", [-0.6, 1.5, np.nan])
 def test_bad_threshold(case, threshold):
-    with pytest.raises(ValueError, match="ess_threshold"):
+    with pytest.raises(ValueError, match="ess_threshold is a fraction of the particles"):
         smc(case.fk, 10, ess_threshold=threshold)
+    of_each_step = np.full(case.fk.num_steps, 0.5)
+    with pytest.raises(ValueError, match="ess_threshold is a fraction of the particles"):
+        smc(case.fk, 10, ess_threshold=of_each_step + np.array(threshold))
+    with pytest.raises(ValueError, match=rf"one entry for each of the {case.fk.num_steps} steps, got shape"):
+        smc(case.fk, 10, ess_threshold=np.append(of_each_step, 0.5))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from smcdiff.smc.conditional import (
     conditional_systematic,
     particle_gibbs,
 )
-from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, effective_sample_size, smc
+from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, smc
 from smcdiff.smc.fkc import fkc
 from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
 from smcdiff.smc.mcgdiff import mcgdiff
@@ -28,6 +28,7 @@ from smcdiff.smc.result import SMCResult, run_smc
 from smcdiff.smc.steering import SteeredParticle, fk_steering, jax_reward
 from smcdiff.smc.svdd import DecodedParticle, svdd
 from smcdiff.smc.twisted import TwistedParticle, tds
+from smcdiff.smc.weights import effective_sample_size
 
 __all__ = [
     "ChainParticle",

@@ -37,8 +37,15 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.batching import batched_map
-from smcdiff.smc.feynman_kac import FeynmanKac, _reweigh, _uniform, effective_sample_size
-from smcdiff.smc.resampling import _owners
+from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.resampling import owners
+from smcdiff.smc.weights import (
+    check_ess_threshold,
+    effective_sample_size,
+    is_uneven,
+    reweigh,
+    uniform_log_weights,
+)
 
 __all__ = [
     "ParticleGibbsInfo",
@@ -116,7 +123,7 @@ class _Cloud(NamedTuple):
 
 class _Sampler(eqx.Module):
     fk: FeynmanKac
-    ess_threshold: float
+    ess_threshold: float | Float[Array, " steps"]
     num_particles: int = eqx.field(static=True)
     backward: bool = eqx.field(static=True)
     resampling_fn: ConditionalResamplingFn = eqx.field(static=True)
@@ -142,7 +149,7 @@ def conditional_systematic(rng_key: PRNGKeyArray, weights: Float[Array, " N"]) -
     num_particles, dtype = weights.shape[0], weights.dtype
     first = weights[0] * jax.random.uniform(rng_key, (), dtype)
     points = (first + jnp.arange(num_particles, dtype=dtype) / num_particles) % 1.0
-    return _owners(weights, points).astype(jnp.int32).at[0].set(0)
+    return owners(weights, points).astype(jnp.int32).at[0].set(0)
 
 
 def conditional_multinomial(rng_key: PRNGKeyArray, weights: Float[Array, " N"]) -> Int[Array, " N"]:
@@ -153,7 +160,7 @@ def conditional_multinomial(rng_key: PRNGKeyArray, weights: Float[Array, " N"]) 
     Source: Andrieu, Doucet and Holenstein, "Particle Markov chain Monte Carlo methods", JRSS-B 72 (2010).
     """
     points = jax.random.uniform(rng_key, weights.shape, weights.dtype)
-    return _owners(weights, points).astype(jnp.int32).at[0].set(0)
+    return owners(weights, points).astype(jnp.int32).at[0].set(0)
 
 
 def particle_gibbs(
@@ -162,7 +169,7 @@ def particle_gibbs(
     *,
     backward: bool = True,
     resampling_fn: ConditionalResamplingFn = conditional_systematic,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
 ) -> SamplingAlgorithm:
     """Markov chain over the trajectories of a Feynman-Kac model, exact for any number of particles.
@@ -185,7 +192,7 @@ def particle_gibbs(
         `conditional_systematic` or `conditional_multinomial`: ``f(rng_key, weights) -> ancestors`` with
         ``ancestors[0] == 0``.
     ess_threshold
-        Resample when the effective sample size falls below this fraction of N: 0 never, 1 (almost) always.
+        As in `smcdiff.smc.smc`.
     batch_size
         Particles moved together; bounds memory and changes no result.
 
@@ -194,7 +201,8 @@ def particle_gibbs(
     TypeError
         If ``backward`` is asked of a model without ``log_transition``.
     ValueError
-        If ``num_particles`` is not an integer of at least 2 or ``ess_threshold`` lies outside [0, 1].
+        If ``num_particles`` is not an integer of at least 2 or ``ess_threshold`` is refused by
+        `smcdiff.smc.smc`.
 
     Source: Andrieu, Doucet and Holenstein, "Particle Markov chain Monte Carlo methods", JRSS-B 72 (2010).
     """
@@ -202,10 +210,7 @@ def particle_gibbs(
         raise ValueError(
             f"num_particles must be an integer of at least 2, one of them pinned, got {num_particles!r}."
         )
-    if not isinstance(ess_threshold, jax.core.Tracer) and not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(
-            f"ess_threshold is a fraction of the particles, between 0 and 1; got {ess_threshold}."
-        )
+    check_ess_threshold(ess_threshold, fk.num_steps)
     if backward and fk.log_transition is None:
         raise TypeError(
             "backward=True needs a FeynmanKac with log_transition, the log density of its moves, and this one has "
@@ -265,20 +270,20 @@ def _forward(sampler, rng_key, pinned):
     def move(carry, k):
         particles, log_weights = carry
         own_keys = keys(k + 1)
-        resampled = effective_sample_size(log_weights) < sampler.ess_threshold * num_particles
+        resampled = is_uneven(log_weights, sampler.ess_threshold, k)
         drawn = sampler.resampling_fn(own_keys[0], jax.nn.softmax(log_weights))
         ancestors = jnp.where(resampled, drawn, jnp.arange(num_particles, dtype=jnp.int32))
-        log_weights = jnp.where(resampled, _uniform(num_particles, log_weights.dtype), log_weights)
+        log_weights = jnp.where(resampled, uniform_log_weights(num_particles, log_weights.dtype), log_weights)
 
         parents = jax.tree.map(lambda leaf: leaf[ancestors[1:]], particles)
         moved = batched_map(lambda key, particle: fk.step(key, particle, k), sampler.batch_size)
         particles, increments = join(k + 1, moved(own_keys[1:], parents))
-        log_weights, _, num_invalid = _reweigh(log_weights, increments)
+        log_weights, _, num_invalid = reweigh(log_weights, increments)
         at_time = (particles, log_weights, increments, num_invalid)
         return (particles, log_weights), (at_time, (ancestors, resampled))
 
     particles, increments = join(0, batched_map(fk.init, sampler.batch_size)(keys(0)[1:]))
-    log_weights, _, num_invalid = _reweigh(_uniform(num_particles, increments.dtype), increments)
+    log_weights, _, num_invalid = reweigh(uniform_log_weights(num_particles, increments.dtype), increments)
     _, (later, by_move) = jax.lax.scan(move, (particles, log_weights), _moves(fk))
     return _Cloud(*_prepend((particles, log_weights, increments, num_invalid), later), *by_move)
 

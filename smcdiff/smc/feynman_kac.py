@@ -27,8 +27,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from smcdiff.batching import batched_map
 from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
+from smcdiff.smc.weights import (
+    check_ess_threshold,
+    effective_sample_size,
+    is_uneven,
+    reweigh,
+    uniform_log_weights,
+)
 
-__all__ = ["FeynmanKac", "SMCInfo", "SMCState", "effective_sample_size", "smc"]
+__all__ = ["FeynmanKac", "SMCInfo", "SMCState", "smc"]
 
 
 class FeynmanKac(eqx.Module):
@@ -107,7 +114,7 @@ class SMCInfo(NamedTuple):
 
 class _Sampler(eqx.Module):
     fk: FeynmanKac
-    ess_threshold: float
+    ess_threshold: float | Float[Array, " steps"]
     move: Callable | None
     num_particles: int = eqx.field(static=True)
     resampling_fn: ResamplingFn = eqx.field(static=True)
@@ -120,7 +127,7 @@ def smc(
     num_particles: int,
     *,
     resampling_fn: ResamplingFn = systematic,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
     move: Callable | None = None,
     num_moves: int = 1,
@@ -139,7 +146,9 @@ def smc(
     resampling_fn
         Resampling scheme on normalised weights; see `smcdiff.smc.resampling`.
     ess_threshold
-        Resample when the effective sample size falls below this fraction of N: 0 never, 1 (almost) always.
+        Resample when the effective sample size falls below this fraction of N: 0 never, 1 (almost) always. An array
+        (num_steps,) has one for each step, so that zeros and ones are a fixed schedule, and zeros outside some steps
+        confine resampling to them.
     batch_size
         Particles moved together; bounds memory and changes no result.
     move
@@ -152,32 +161,25 @@ def smc(
     Raises
     ------
     ValueError
-        If ``num_particles`` or ``num_moves`` is not a positive integer, or ``ess_threshold`` lies outside [0, 1].
+        If ``num_particles`` or ``num_moves`` is not a positive integer, or ``ess_threshold`` lies outside [0, 1] or has
+        another shape than () or (num_steps,).
 
     Source: Del Moral, Doucet and Jasra, "Sequential Monte Carlo samplers", JRSS-B 68 (2006).
     """
     for name, value in (("num_particles", num_particles), ("num_moves", num_moves)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if not isinstance(ess_threshold, jax.core.Tracer) and not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(
-            f"ess_threshold is a fraction of the particles, between 0 and 1; got {ess_threshold}."
-        )
+    check_ess_threshold(ess_threshold, fk.num_steps)
     sampler = _Sampler(fk, ess_threshold, move, num_particles, resampling_fn, batch_size, num_moves)
     return SamplingAlgorithm(Partial(_init, sampler), Partial(_step, sampler))
-
-
-def effective_sample_size(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
-    """(sum w)^2 / sum w^2 of log weights of shape (N,), which need not be normalised."""
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
 
 
 def _init(sampler, position, rng_key):
     """Draw the initial cloud; ``position`` is unused."""
     del position
     particles, increments = batched_map(sampler.fk.init, sampler.batch_size)(_keys(rng_key, sampler))
-    uniform = _uniform(sampler.num_particles, increments.dtype)
-    log_weights, increment, _ = _reweigh(uniform, increments)
+    uniform = uniform_log_weights(sampler.num_particles, increments.dtype)
+    log_weights, increment, _ = reweigh(uniform, increments)
     return SMCState(particles, log_weights, increment, jnp.zeros((), jnp.int32))
 
 
@@ -187,7 +189,7 @@ def _step(sampler, rng_key, state):
     num_particles = sampler.num_particles
     identity, uniform = (
         jnp.arange(num_particles, dtype=jnp.int32),
-        _uniform(num_particles, state.log_weights.dtype),
+        uniform_log_weights(num_particles, state.log_weights.dtype),
     )
 
     def resample(particles):
@@ -200,14 +202,14 @@ def _step(sampler, rng_key, state):
     def keep(particles):
         return particles, state.log_weights, identity
 
-    resampled = effective_sample_size(state.log_weights) < sampler.ess_threshold * num_particles
+    resampled = is_uneven(state.log_weights, sampler.ess_threshold, state.step)
     particles, log_weights, ancestors = jax.lax.cond(resampled, resample, keep, state.particles)
 
     def move(key, particle):
         return sampler.fk.step(key, particle, state.step)
 
     particles, increments = batched_map(move, sampler.batch_size)(_keys(key_move, sampler), particles)
-    log_weights, increment, num_invalid = _reweigh(log_weights, increments)
+    log_weights, increment, num_invalid = reweigh(log_weights, increments)
     particles, move_info = _rejuvenate(sampler, key_move, particles, state.step)
     ess = effective_sample_size(log_weights)
     info = SMCInfo(ess, resampled, ancestors, increment, num_invalid, move_info)
@@ -229,24 +231,6 @@ def _rejuvenate(sampler, key_move, particles, step):
     keys = _keys(jax.random.fold_in(key_move, sampler.num_particles), sampler)
     particles, infos = batched_map(moves, sampler.batch_size)(keys, particles)
     return particles, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(0, 1)), infos)
-
-
-def _reweigh(log_weights, increments):
-    """Add the increments; return normalised log weights, log of the mean increment, and how many were invalid.
-
-    A NaN or infinite weight counts as zero. If no particle is left the weights are uniform and the increment is
-    minus infinity, which stays in the log evidence.
-    """
-    invalid = jnp.isnan(increments) | jnp.isposinf(increments)
-    unnormalised = log_weights + jnp.where(invalid, -jnp.inf, increments)
-    increment = jax.nn.logsumexp(unnormalised)
-    uniform = _uniform(len(log_weights), log_weights.dtype)
-    normalised = jnp.where(jnp.isneginf(increment), uniform, unnormalised - increment)
-    return normalised, increment, jnp.sum(invalid, dtype=jnp.int32)
-
-
-def _uniform(num_particles, dtype):
-    return jnp.full(num_particles, -jnp.log(jnp.asarray(num_particles, dtype)), dtype)
 
 
 def _keys(rng_key, sampler):

@@ -77,7 +77,7 @@ class _Sampler(eqx.Module):
     log_prior: Callable
     make_fk: Callable[[PyTree], FeynmanKac]
     step_size: PyTree
-    ess_threshold: float
+    ess_threshold: float | Float[Array, " steps"]
     num_particles: int = eqx.field(static=True)
     resampling_fn: ResamplingFn = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
@@ -90,7 +90,7 @@ def particle_marginal_mh(
     *,
     step_size: PyTree,
     resampling_fn: ResamplingFn = systematic,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
 ) -> SamplingAlgorithm:
     """Random-walk Metropolis on the parameters of a Feynman-Kac model, exact for any number of particles.

@@ -25,6 +25,7 @@ __all__ = [
     "ResamplingFn",
     "killing",
     "multinomial",
+    "owners",
     "resample_from_log_weights",
     "residual",
     "ssp",
@@ -99,7 +100,7 @@ def stratified(
     Parameters as in `systematic`. Source: Kitagawa (1996).
     """
     uniforms = jax.random.uniform(rng_key, (num_samples,), weights.dtype)
-    return _owners(weights, (jnp.arange(num_samples, dtype=weights.dtype) + uniforms) / num_samples)
+    return owners(weights, (jnp.arange(num_samples, dtype=weights.dtype) + uniforms) / num_samples)
 
 
 def multinomial(
@@ -111,7 +112,7 @@ def multinomial(
     """
     # Order statistics of uniforms from their spacings; `exponential` is finite, unlike -log of a uniform in [0, 1).
     total = jnp.cumsum(jax.random.exponential(rng_key, (num_samples + 1,), weights.dtype))
-    return _owners(weights, total[:-1] / total[-1])
+    return owners(weights, total[:-1] / total[-1])
 
 
 def residual(
@@ -124,9 +125,7 @@ def residual(
     expected = weights * num_samples
     copies = jnp.floor(expected).astype(jnp.int32)
     kept = jnp.repeat(jnp.arange(weights.shape[0], dtype=jnp.int32), copies, total_repeat_length=num_samples)
-    drawn = _owners(
-        expected - jnp.floor(expected), jax.random.uniform(rng_key, (num_samples,), weights.dtype)
-    )
+    drawn = owners(expected - jnp.floor(expected), jax.random.uniform(rng_key, (num_samples,), weights.dtype))
     return jnp.where(jnp.arange(num_samples) < jnp.sum(copies), kept, drawn)
 
 
@@ -153,7 +152,7 @@ def killing(
         )
     key_kill, key_draw = jax.random.split(rng_key)
     survives = jax.random.uniform(key_kill, weights.shape, weights.dtype) * jnp.max(weights) < weights
-    drawn = _owners(weights, jax.random.uniform(key_draw, weights.shape, weights.dtype))
+    drawn = owners(weights, jax.random.uniform(key_draw, weights.shape, weights.dtype))
     return jnp.where(survives, jnp.arange(num_samples, dtype=jnp.int32), drawn.astype(jnp.int32))
 
 
@@ -176,7 +175,7 @@ def resample_from_log_weights(
     return resampling_fn(rng_key, jax.nn.softmax(log_weights), num_samples)
 
 
-def _owners(weights, points):
+def owners(weights, points):
     """Index of the particle whose share of [0, 1), proportional to its weight, holds each of ``points``."""
     cumulative = jnp.cumsum(weights)
     owners = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")

@@ -192,7 +192,7 @@ def run_smc(
     *,
     num_chains: int = 1,
     resampling_fn: ResamplingFn = systematic,
-    ess_threshold: float = 0.5,
+    ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
     move: Callable | None = None,
     num_moves: int = 1,
