@@ -73,9 +73,6 @@ def run(args) -> dict:
         args.cells, args.seeds, args.particles, args.steps = ["8,1"], 2, 64, 10
         args.other_thresholds, args.variants = [], ["tds"]
     schedule = schedules.cosine(-9.0)
-    times = smcdiff.log_snr_times(
-        schedule, args.steps, log_snr_min=args.log_snr_min, log_snr_max=args.log_snr_max
-    )
     seed_sets = {"first": range(args.seeds), "second": range(3000, 3000 + args.seeds)}
     # Other thresholds, twists and samplers are for comparison, on the first set of seeds.
     settings = [(set_name, "tds", args.ess_threshold) for set_name in seed_sets]
@@ -85,6 +82,11 @@ def run(args) -> dict:
     rows, summary, bars = [], [], []
     for cell in args.cells:
         d, dy = map(int, cell.split(","))
+        # Squared distances between modes grow with d, and the first step must not tell them apart.
+        log_snr_min = args.log_snr_min - max(0.0, np.log(d / 80))
+        times = smcdiff.log_snr_times(
+            schedule, args.steps, log_snr_min=log_snr_min, log_snr_max=args.log_snr_max
+        )
         for set_name, name, threshold in settings:
             records = [
                 one_seed(seed, d, dy, schedule, times, name, threshold, args.particles)
