@@ -232,7 +232,8 @@ def build(model, variant, step_size):
         init, step = Partial(_euler_init, model, times), Partial(_euler_step, model, times)
         return FeynmanKac(init, step, variant.num_steps), None
     path, width = compose.temper(model, float(BETA)), WIDTH / SCALE / math.sqrt(BETA)
-    move = mala_moves(path, times=times, width=width, step_size=step_size) if variant.num_moves else None
+    options = {"width": width, "step_size": step_size, "target_acceptance": None}
+    move = mala_moves(path, times=times, **options) if variant.num_moves else None
     return fkc(path, times=times, **variant.options), move
 
 

@@ -110,9 +110,10 @@ def test_moves_change_particles_and_no_weight():
     path, grid = compose.product(*models()), times(12)
     fk = fkc(path, times=grid, weights="density")
     move = mala_moves(path, times=grid, width=0.4)
-    state = smc(fk, 50).init(None, jax.random.key(3))
+    with_moves = smc(fk, 50, move=move, num_moves=2)
+    state = with_moves.init(None, jax.random.key(3))
     still, info_still = smc(fk, 50).step(jax.random.key(4), state)
-    moved, info_moved = smc(fk, 50, move=move, num_moves=2).step(jax.random.key(4), state)
+    moved, info_moved = with_moves.step(jax.random.key(4), state)
     np.testing.assert_array_equal(still.log_weights, moved.log_weights)
     assert still.log_evidence == moved.log_evidence
     assert np.mean(np.asarray(still.particles) != np.asarray(moved.particles)) > 0.5
@@ -157,6 +158,26 @@ def test_smc_with_moves_ends_in_the_exact_law():
     assert np.all(acceptance > 0.4) and np.all(acceptance < 0.99)
 
 
+@pytest.mark.parametrize("step_size", [0.01, 50.0])
+def test_a_bad_step_size_is_tuned_from_the_cloud(step_size):
+    path, grid = compose.product(*models()), times(40)
+    _, log_integral = product_of(*[model.mixture for model in models()])
+    rates = {}
+    for target in (None, 0.7):
+        move = mala_moves(path, times=grid, width=0.4, step_size=step_size, target_acceptance=target)
+        fk = fkc(path, times=grid, weights="density")
+        trace = run(
+            jax.random.key(8), smc(fk, 500, move=move), len(grid) - 1, num_chains=8, transform=_nothing
+        )
+        rates[target] = np.asarray(trace.info.move_info)
+    # Left alone, next to nothing or all is accepted; tuned, the rate is soon near its target, in every chain.
+    assert np.all(np.abs(rates[None] - 0.7) > 0.25)
+    assert np.all(np.abs(rates[0.7][:, 15:] - 0.7) < 0.15) and abs(rates[0.7][:, 15:].mean() - 0.7) < 0.03
+    assert trace.state.tuning.shape == (8,) and np.all(np.isfinite(trace.state.tuning))
+    ratio = np.exp(np.asarray(trace.state.log_evidence, float) - log_integral)
+    assert abs(ratio.mean() - 1) < 7.1 * ratio.std(ddof=1) / np.sqrt(8) < 0.3  # t with 7 degrees: 2e-4
+
+
 def test_batch_size_changes_no_number():
     fk, ends = CASES["gaussian"]().fk, []
     for batch_size in (None, 7):
@@ -179,6 +200,9 @@ def test_what_is_refused():
             mala_moves(path, times=grid, **{"width": 1.0, name: -1.0})
     with pytest.raises(ValueError, match="times must fall strictly"):
         mala_moves(path, times=grid[::-1], width=1.0)
+    for target in (0.0, 1.0, np.nan):
+        with pytest.raises(ValueError, match="target_acceptance must lie between 0 and 1, or be None, got"):
+            mala_moves(path, times=grid, width=1.0, target_acceptance=target)
     network = smcdiff.Diffusion(None, lambda params, x, t: -x, SCHEDULE, "score", (2,))
-    with pytest.raises(TypeError, match="mcmc_moves needs a target with the capability HasLogDensity"):
+    with pytest.raises(TypeError, match="mala_moves needs a target with the capability HasLogDensity"):
         mala_moves(compose.product(models()[0], network), times=grid, width=1.0)

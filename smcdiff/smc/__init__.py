@@ -9,7 +9,7 @@ from smcdiff.smc.conditional import (
     conditional_systematic,
     particle_gibbs,
 )
-from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, smc
+from smcdiff.smc.feynman_kac import FeynmanKac, Move, SMCInfo, SMCState, smc
 from smcdiff.smc.fkc import fkc
 from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
 from smcdiff.smc.mcgdiff import mcgdiff
@@ -36,6 +36,7 @@ __all__ = [
     "FeynmanKac",
     "MarginalMHInfo",
     "MarginalMHState",
+    "Move",
     "ParticleGibbsInfo",
     "ParticleGibbsState",
     "SMCInfo",

@@ -35,7 +35,7 @@ from smcdiff.smc.weights import (
     uniform_log_weights,
 )
 
-__all__ = ["FeynmanKac", "SMCInfo", "SMCState", "smc"]
+__all__ = ["FeynmanKac", "Move", "SMCInfo", "SMCState", "smc"]
 
 
 class FeynmanKac(eqx.Module):
@@ -76,13 +76,16 @@ class SMCState(NamedTuple):
     log_evidence
         Log of the unbiased estimate of the evidence so far.
     step
-        Number of moves made.
+        Number of steps made.
+    tuning
+        Settings of the Markov moves of the next step, see `Move`; None without moves.
     """
 
     particles: PyTree
     log_weights: Float[Array, " N"]
     log_evidence: Float[Array, ""]
     step: Int[Array, ""]
+    tuning: PyTree = None
 
 
 class SMCInfo(NamedTuple):
@@ -112,10 +115,35 @@ class SMCInfo(NamedTuple):
     move_info: PyTree = None
 
 
+class Move(eqx.Module):
+    """A Markov move of one particle between the steps of SMC, with settings that are tuned from the cloud.
+
+    Parameters
+    ----------
+    apply
+        ``apply(tuning, rng_key, particle, k) -> (particle, info)``: leaves invariant what the particles target after
+        step k, whatever ``tuning``; info is a pytree of numbers.
+    tuning
+        The first settings, any pytree.
+    retune
+        ``retune(tuning, info) -> tuning`` for the next step, from the info averaged over particles and moves; None
+        keeps the settings. Settings that depend on the cloud make the evidence estimate consistent instead of
+        unbiased.
+    """
+
+    apply: Callable
+    tuning: PyTree = None
+    retune: Callable | None = None
+
+    def __call__(self, rng_key, particle, k):
+        """The move with its first settings."""
+        return self.apply(self.tuning, rng_key, particle, k)
+
+
 class _Sampler(eqx.Module):
     fk: FeynmanKac
     ess_threshold: float | Float[Array, " steps"]
-    move: Callable | None
+    move: Move | None
     num_particles: int = eqx.field(static=True)
     resampling_fn: ResamplingFn = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
@@ -129,7 +157,7 @@ def smc(
     resampling_fn: ResamplingFn = systematic,
     ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
-    move: Callable | None = None,
+    move: Move | Callable | None = None,
     num_moves: int = 1,
 ) -> SamplingAlgorithm:
     """Sequential Monte Carlo on a Feynman-Kac model, as a BlackJAX `SamplingAlgorithm`.
@@ -152,9 +180,9 @@ def smc(
     batch_size
         Particles moved together; bounds memory and changes no result.
     move
-        ``move(rng_key, particle, k) -> (particle, info)``: a Markov move that leaves invariant what the particles
-        target after step k, for instance from `smcdiff.smc.moves`; info is a pytree of numbers. Nothing can check
-        the invariance: a move that lacks it biases the result.
+        A `Move`, for instance from `smcdiff.smc.moves`, or a function ``move(rng_key, particle, k) -> (particle,
+        info)``: a Markov move that leaves invariant what the particles target after step k; info is a pytree of
+        numbers. Nothing can check the invariance: a move that lacks it biases the result.
     num_moves
         Times ``move`` is applied after every step.
 
@@ -170,6 +198,8 @@ def smc(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     check_ess_threshold(ess_threshold, fk.num_steps)
+    if not (move is None or isinstance(move, Move)):
+        move = Move(Partial(_untuned, move))
     sampler = _Sampler(fk, ess_threshold, move, num_particles, resampling_fn, batch_size, num_moves)
     return SamplingAlgorithm(Partial(_init, sampler), Partial(_step, sampler))
 
@@ -180,7 +210,10 @@ def _init(sampler, position, rng_key):
     particles, increments = batched_map(sampler.fk.init, sampler.batch_size)(_keys(rng_key, sampler))
     uniform = uniform_log_weights(sampler.num_particles, increments.dtype)
     log_weights, increment, _ = reweigh(uniform, increments)
-    return SMCState(particles, log_weights, increment, jnp.zeros((), jnp.int32))
+    # Numbers become arrays of a definite type, as those are that the steps return.
+    settings = None if sampler.move is None else sampler.move.tuning
+    tuning = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), settings)
+    return SMCState(particles, log_weights, increment, jnp.zeros((), jnp.int32), tuning)
 
 
 def _step(sampler, rng_key, state):
@@ -210,27 +243,33 @@ def _step(sampler, rng_key, state):
 
     particles, increments = batched_map(move, sampler.batch_size)(_keys(key_move, sampler), particles)
     log_weights, increment, num_invalid = reweigh(log_weights, increments)
-    particles, move_info = _rejuvenate(sampler, key_move, particles, state.step)
+    particles, move_info, tuning = _rejuvenate(sampler, key_move, particles, state)
     ess = effective_sample_size(log_weights)
     info = SMCInfo(ess, resampled, ancestors, increment, num_invalid, move_info)
-    return SMCState(particles, log_weights, state.log_evidence + increment, state.step + 1), info
+    return SMCState(particles, log_weights, state.log_evidence + increment, state.step + 1, tuning), info
 
 
-def _rejuvenate(sampler, key_move, particles, step):
-    """Apply the Markov moves to every particle; returns them and the average of what the moves reported."""
+def _rejuvenate(sampler, key_move, particles, state):
+    """Apply the Markov moves to every particle; returns them, the average of what the moves reported, and settings."""
     if sampler.move is None:
-        return particles, None
+        return particles, None, None
 
     def moves(key, particle):
         def one_move(particle, index):
-            return sampler.move(jax.random.fold_in(key, index), particle, step)
+            return sampler.move.apply(state.tuning, jax.random.fold_in(key, index), particle, state.step)
 
         return jax.lax.scan(one_move, particle, jnp.arange(sampler.num_moves))
 
     # Keys 0, ..., N - 1 of key_move made the step itself.
     keys = _keys(jax.random.fold_in(key_move, sampler.num_particles), sampler)
     particles, infos = batched_map(moves, sampler.batch_size)(keys, particles)
-    return particles, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(0, 1)), infos)
+    info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(0, 1)), infos)
+    retune = sampler.move.retune
+    return particles, info, state.tuning if retune is None else retune(state.tuning, info)
+
+
+def _untuned(move, tuning, rng_key, particle, k):
+    return move(rng_key, particle, k)
 
 
 def _keys(rng_key, sampler):
