@@ -26,7 +26,7 @@ LEVELS = (0.5, 0.9)
 def add_arguments(parser):
     parser.add_argument("--model", default="digits")
     parser.add_argument("--problems", type=int, default=50)
-    parser.add_argument("--particles", type=int, default=256)
+    parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--noise", type=float, default=0.1)
