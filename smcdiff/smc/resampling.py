@@ -175,13 +175,13 @@ def resample_from_log_weights(
     return resampling_fn(rng_key, jax.nn.softmax(log_weights), num_samples)
 
 
-def owners(weights, points):
+def owners(weights: Float[Array, " N"], points: Float[Array, " M"]) -> Int[Array, " M"]:
     """Index of the particle whose share of [0, 1), proportional to its weight, holds each of ``points``."""
     cumulative = jnp.cumsum(weights)
-    owners = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
+    found = jnp.searchsorted(cumulative, points * cumulative[-1], side="right")
     # A point may round to 1, and lies beyond all weights then.
     index = jnp.arange(weights.shape[0], dtype=jnp.int32)
-    return jnp.minimum(owners, jnp.max(jnp.where(weights > 0, index, 0)))
+    return jnp.minimum(found, jnp.max(jnp.where(weights > 0, index, 0)))
 
 
 def _indices(counts, num_samples):
