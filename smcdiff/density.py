@@ -8,12 +8,18 @@ A density path gives, at each time t, an object with a score, and only where it 
 
 A sampler names the capability it needs and `require` turns a missing one into a `TypeError` at construction.
 A score passed off as the gradient of a constant would make Metropolis kernels accept wrongly without an error.
+
+Samples may be pytrees. A bare function of one sample is taken for a log density: `as_target` makes it a `LogDensity`.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+import equinox as eqx
+import jax
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PyTree
 
 __all__ = [
     "DensityPath",
@@ -21,7 +27,11 @@ __all__ = [
     "HasLogDensity",
     "HasLogRatio",
     "HasScore",
+    "LogDensity",
     "ScheduledPath",
+    "as_pytree",
+    "as_target",
+    "logdensity_and_score",
     "require",
     "warn_unless_diffusion",
 ]
@@ -117,6 +127,69 @@ class DiffusionModel(Protocol):
         ...
 
 
+class LogDensity(eqx.Module):
+    """The density of a bare function, whose score is the function's gradient.
+
+    Parameters
+    ----------
+    function
+        ``function(x) -> scalar``: log density of one sample, up to a constant. Make it a `jax.tree_util.Partial` of a
+        module-level function, so that what it holds are leaves and a compiled program serves other values.
+    """
+
+    function: Callable
+
+    def logdensity(self, x: PyTree) -> Float[Array, ""]:
+        """Log density at one sample ``x``."""
+        return self.function(x)
+
+    def score(self, x: PyTree) -> PyTree:
+        """Gradient of the log density at one sample ``x``."""
+        return jax.grad(self.function)(x)
+
+    def log_ratio(self, x_from: PyTree, x_to: PyTree) -> Float[Array, ""]:
+        """log p(x_to) - log p(x_from)."""
+        return self.function(x_to) - self.function(x_from)
+
+
+def as_target(target: Any) -> Any:
+    """A density object from what users pass as a target.
+
+    Parameters
+    ----------
+    target
+        An object with a score, which is returned as it is; an object with a log density, or a function that is one:
+        their score is the gradient.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(target, HasScore):
+        return target
+    if isinstance(target, HasLogDensity):
+        return LogDensity(as_pytree(target.logdensity))
+    if callable(target):
+        return LogDensity(as_pytree(target))
+    raise TypeError(
+        f"target must be a function x -> log density, or an object with score(x) or logdensity(x), got "
+        f"{type(target).__name__}; of a diffusion model take one time: model.at(t)."
+    )
+
+
+def as_pytree(value: Any) -> Any:
+    """A plain function becomes a pytree without leaves, so that what holds it can be an argument of compiled code."""
+    return Partial(value) if callable(value) and jax.tree_util.all_leaves([value]) else value
+
+
+def logdensity_and_score(target: Any, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
+    """Log density and score at one sample, for a target that has both; together, where that saves an evaluation."""
+    if isinstance(target, LogDensity):
+        return jax.value_and_grad(target.function)(x)
+    return target.logdensity(x), target.score(x)
+
+
 _ADVICE = {
     HasScore: "pass a marginal `model.at(t)` or any object with a method score(x)",
     HasLogDensity: "pass an analytic or energy-based density; a network that predicts noise has a score only",
@@ -126,7 +199,7 @@ _ADVICE = {
 }
 
 
-def require(target, capability, who: str) -> None:
+def require(target, capability, who: str, advice: str = "") -> None:
     """Raise a `TypeError` that says what ``who`` needs unless ``target`` has ``capability``.
 
     Parameters
@@ -137,11 +210,13 @@ def require(target, capability, who: str) -> None:
         One of the protocols of this module.
     who
         Name of the sampler that asks, for the message.
+    advice
+        What else would do, for instance other kernels.
     """
     if not isinstance(target, capability):
+        message = "; ".join(part for part in (_ADVICE[capability], advice) if part)
         raise TypeError(
-            f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}; "
-            f"{_ADVICE[capability]}."
+            f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}: {message}."
         )
 
 

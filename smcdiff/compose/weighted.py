@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from smcdiff.compose.operators import Composable
 from smcdiff.compose.tails import least_tail
-from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, require
+from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, as_pytree, require
 
 __all__ = ["Composition", "Exponent", "Reward", "affine", "check_parts", "compose"]
 
@@ -181,14 +181,14 @@ def compose(
     parts: list[Any] = []
     flat: list[Exponent] = []
     all_rewards: list[Reward] = []
-    for path, outer in zip(paths, map(_as_pytree, exponents), strict=True):
+    for path, outer in zip(paths, map(as_pytree, exponents), strict=True):
         inner = path if isinstance(path, Composition) else Composition((path,), (1.0,))
         parts += inner.parts
         flat += [_times(exponent, outer) for exponent in inner.exponents]
         all_rewards += [
             reward if _is_one(outer) else Partial(_scaled, reward, outer) for reward in inner.rewards
         ]
-    all_rewards += [_as_pytree(reward) for reward in rewards]
+    all_rewards += [as_pytree(reward) for reward in rewards]
     composition = Composition(tuple(parts), tuple(flat), tuple(all_rewards))
     _check_integrable(who, composition)
     return composition
@@ -214,7 +214,7 @@ def check_parts(who: str, paths: Sequence[Any]) -> None:
 def affine(exponent: Exponent, offset: float, slope: float) -> Exponent:
     """The exponent offset + slope exponent, also of a function of t."""
     if callable(exponent):
-        return Partial(_affine_at, _as_pytree(exponent), offset, slope)
+        return Partial(_affine_at, as_pytree(exponent), offset, slope)
     return offset + slope * exponent
 
 
@@ -251,11 +251,6 @@ def _same(schedule, other):
     if any(isinstance(leaf, jax.core.Tracer) for pair in pairs for leaf in pair):
         return True
     return all(np.allclose(a, b, rtol=1e-6, atol=0.0) for a, b in pairs)
-
-
-def _as_pytree(value):
-    """A plain function becomes a pytree without leaves, so that compositions can be arguments of compiled code."""
-    return Partial(value) if callable(value) and jax.tree_util.all_leaves([value]) else value
 
 
 def _is_one(exponent):
