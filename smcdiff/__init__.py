@@ -3,7 +3,7 @@
 A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
 """
 
-from smcdiff import analytic, compose, guidance, inverse, nets, schedules, smc
+from smcdiff import analytic, compose, guidance, inverse, mcmc, nets, schedules, smc
 from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
 from smcdiff.checkpoints import held_out, load, models
 from smcdiff.diffusion import Diffusion, Marginal
@@ -50,6 +50,7 @@ __all__ = [
     "load",
     "log_snr_times",
     "mcgdiff",
+    "mcmc",
     "models",
     "nets",
     "particle_gibbs",

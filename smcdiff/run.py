@@ -23,6 +23,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
 from smcdiff.checkpoints.progress import RunFolder, fingerprint
+from smcdiff.checks import check_count
 
 __all__ = ["Trace", "keep_position", "run"]
 
@@ -108,16 +109,13 @@ def run(
     ------
     ValueError
         If a count is not a positive integer, if ``num_steps`` is no multiple of ``thin``, if both ``position`` and
-        ``state`` are given, or if ``checkpoint`` holds another run.
+        ``state`` are given, if a chain starts where its state is not finite (no density, no score), or if
+        ``checkpoint`` holds another run.
     """
-    for name, value in [
-        ("num_steps", num_steps),
-        ("num_chains", num_chains),
-        ("thin", thin),
-        ("chunk_size", chunk_size or 1),
-    ]:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_count("num_steps", num_steps)
+    check_count("num_chains", num_chains)
+    check_count("thin", thin)
+    check_count("chunk_size", chunk_size or 1)
     if num_steps % thin:
         raise ValueError(f"num_steps must be a multiple of thin, got {num_steps} and {thin}.")
     if position is not None and state is not None:
@@ -126,6 +124,8 @@ def run(
     arrays, frozen = _split(algorithm)
     if state is None:
         state = _start(arrays, rng_key, position, frozen, num_chains, sharding)
+        if position is not None:
+            _check_start(state)
     num_kept = num_steps // thin
     chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
     firsts = range(0, num_kept, chunk_size)
@@ -179,6 +179,21 @@ def _split(algorithm):
 
 def _join(arrays, frozen):
     return eqx.combine(arrays, jax.tree.unflatten(frozen.treedef, frozen.leaves))
+
+
+def _check_start(state):
+    """Raise if a chain starts at a place of no density, which it could never leave, or without a score."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not (jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.is_fully_addressable):
+            continue
+        is_finite = np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
+        if not is_finite.all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"position must be where the target is finite: chain {int(np.argmin(is_finite))} starts with a "
+                f"{name} that is infinite or not a number ({int((~is_finite).sum())} of {len(leaf)} chains do). Start "
+                "from draws of the prior or of a wider density."
+            )
 
 
 def _to_host(leaf):

@@ -48,6 +48,26 @@ def run(num_steps=24, **options):
     return smcdiff.run(jax.random.key(0), walk(), num_steps, **options)
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: jnp.where(x[0] > 3.0, -jnp.inf, -0.5 * jnp.sum(x**2)), "logdensity"),
+        (lambda x: -jnp.sum(jnp.abs(x - 5.0) ** 0.5), "score"),
+    ],
+)
+def test_a_start_without_density_or_score_is_refused(function, name):
+    """The third chain of START stands at (5, 5): zero density there, or a score that is not a number."""
+    with pytest.raises(ValueError, match=rf"chain 2 starts with a {name}.*1 of 3 chains"):
+        smcdiff.run(
+            jax.random.key(0),
+            smcdiff.mcmc.mala(function, 0.1),
+            2,
+            position=START,
+            num_chains=3,
+            progress=False,
+        )
+
+
 def test_a_run_is_the_recursion_with_keys_by_chain_and_step():
     trace = run(5)
     for chain in range(3):

@@ -6,8 +6,8 @@
 An Euler step of the first, x' = x + h M^-1 s(x) + sqrt(2 h) L xi, is a leapfrog step of size sqrt(2 h) with a new
 momentum xi (`smcdiff.mcmc.hamiltonian`), and the Metropolis-Hastings ratio of that proposal is the leapfrog's. `mala`
 accepts by it; `ula` does not, and has an error of first order in h. `underdamped` splits the second into half a kick,
-half a drift, an exact damping, half a drift and half a kick (BAOAB): its law of x has an error of second order, and none
-if the target is Gaussian.
+half a drift, an exact damping, half a drift and half a kick (BAOAB): its law of x has an error of second order, and
+none if the target is Gaussian.
 
 Sources: Roberts and Tweedie, "Exponential convergence of Langevin distributions and their discrete approximations",
 Bernoulli 2 (1996); Leimkuhler and Matthews, "Rational construction of stochastic numerical methods for molecular

@@ -1,7 +1,8 @@
 """Preconditioning: a fixed metric on the space of samples, as BlackJAX's adaptation returns it.
 
 An inverse mass matrix M^-1 = L L^T, an estimate of the target's covariance, turns x into y = L^-1 x, in which the
-target is closer to round. Kernels move in y without ever forming it: a step u in y is L u in x, and the score in y is L^T s.
+target is closer to round. Kernels move in y without ever forming it: a step u in y is L u in x, and the score in y is
+L^T s.
 """
 
 import jax

@@ -1,0 +1,246 @@
+"""Properties that every kernel of tests/kernel_cases.py has.
+
+Stationarity: chains start from exact draws and take steps; for every feature, the change along a chain has mean zero if
+the kernel leaves the target alone. Checks are in standard errors, estimated from the independent chains; the bound is
+5, which a right kernel passes except with probability 6e-7 a check, 1e-3 for all checks of this module together. What
+a wrong kernel looks like is planted in the last tests.
+"""
+
+import functools
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+from kernel_cases import KERNELS
+from mcmc_targets import features, logdensity, targets
+
+import smcdiff
+from smcdiff import mcmc
+from smcdiff.density import LogDensity
+
+BOUND = 5.0
+EXACT = [name for name, kernel in KERNELS.items() if kernel.is_exact]
+SCORES_ONLY = [name for name, kernel in KERNELS.items() if kernel.scores_only]
+
+
+class ScoreOnly:
+    """Hides the log density of a target; a pytree."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def score(self, x):
+        return self.target.score(x)
+
+
+jax.tree_util.register_pytree_node(
+    ScoreOnly, lambda self: ((self.target,), None), lambda _, children: ScoreOnly(*children)
+)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps",))
+def evolve(rng_key, algorithm, positions, num_steps):
+    """The last states of many chains, and the acceptance rates of all steps."""
+
+    def chain(key, position):
+        state = algorithm.init(position, jax.random.fold_in(key, num_steps))
+
+        def step(state, k):
+            state, info = algorithm.step(jax.random.fold_in(key, k), state)
+            return state, info.acceptance_rate
+
+        return jax.lax.scan(step, state, jnp.arange(num_steps))
+
+    return jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
+
+
+def z_scores(before, after):
+    """Mean change of every feature in standard errors."""
+    change = after - before
+    return change.mean(0) / (change.std(0, ddof=1) / np.sqrt(len(change)) + 1e-12)
+
+
+def check_stationarity(algorithm, target, num_chains=4000, num_steps=25, seed=0):
+    """z-scores of all features; the acceptance rate must leave something to test."""
+    start = target.sample(seed, num_chains)
+    positions = jnp.asarray(start, jnp.float32)
+    state, rates = evolve(jax.random.key(seed), algorithm, positions, num_steps)
+    assert float(rates.mean()) > 0.2
+    return z_scores(features(target, start), features(target, np.asarray(state.position)))
+
+
+@pytest.mark.parametrize("target_name", targets(2))
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_kernels_leave_targets_alone(name, target_name):
+    target = targets(2)[target_name]
+    z = check_stationarity(KERNELS[name].build(target.density(), 2), target)
+    assert np.all(np.abs(z) < BOUND), z
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_name", targets(20))
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_kernels_leave_targets_alone_in_20_dimensions(name, target_name):
+    target = targets(20)[target_name]
+    z = check_stationarity(KERNELS[name].build(target.density(), 20), target, 8000, 20)
+    assert np.all(np.abs(z) < BOUND), z
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_protocol(name):
+    """States keep their structure, shapes and types from step to step, and a jitted step is the plain one."""
+    target = targets(2)["mixture"]
+    algorithm = KERNELS[name].build(target.density(), 2)
+    position = jnp.asarray([0.3, -0.2])
+    state = algorithm.init(position, jax.random.key(0))
+    np.testing.assert_array_equal(state.position, position)
+    shapes = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), state)
+    plain, info = algorithm.step(jax.random.key(1), state)
+    assert jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), plain) == shapes
+    jitted, _ = jax.jit(lambda algorithm, state: algorithm.step(jax.random.key(1), state))(algorithm, state)
+    np.testing.assert_allclose(jitted.position, plain.position, rtol=2e-5, atol=2e-6)
+    assert info.acceptance_rate.shape == () and 0.0 <= info.acceptance_rate <= 1.0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_positions_may_be_pytrees(name):
+    """A dictionary is the flat vector in another guise."""
+    leaves = targets(3)["mixture"].leaves()
+    flat = LogDensity(Partial(logdensity, *leaves))
+    named = LogDensity(Partial(_on_dictionary, *leaves))
+    key = jax.random.key(2)
+    vector = jnp.asarray([0.1, -0.4, 0.8])
+    tree = {"a": vector[:1].reshape(()), "b": vector[1:].reshape(2, 1)}
+    results = []
+    for target, position in ((flat, vector), (named, tree)):
+        algorithm = KERNELS[name].build(target, 3)
+        state, _ = algorithm.step(key, algorithm.init(position, key))
+        results.append(state.position)
+    assert jax.tree.structure(results[1]) == jax.tree.structure(tree)
+    joined = np.concatenate([results[1]["a"].ravel(), results[1]["b"].ravel()])
+    np.testing.assert_allclose(joined, results[0], rtol=1e-4, atol=1e-5)
+
+
+def _on_dictionary(logits, means, inverses, freedoms, x):
+    return logdensity(logits, means, inverses, freedoms, jnp.concatenate([x["a"].reshape(1), x["b"].ravel()]))
+
+
+_traced = []
+
+
+def _counted(logits, means, inverses, freedoms, x):
+    _traced.append(None)
+    return logdensity(logits, means, inverses, freedoms, x)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_another_target_of_the_same_shape_compiles_nothing(name):
+    counts = []
+    for target_name in ("mixture", "skewed"):
+        leaves = targets(2)[target_name].leaves()
+        algorithm = KERNELS[name].build(LogDensity(Partial(_counted, *leaves)), 2)
+        before = len(_traced)
+        smcdiff.run(
+            jax.random.key(0),
+            algorithm,
+            2,
+            position=jnp.ones((3, 2)),
+            num_chains=3,
+            chunk_size=2,
+            progress=False,
+        )
+        counts.append(len(_traced) - before)
+    assert counts[0] > 0 and counts[1] == 0
+
+
+@pytest.mark.parametrize("name", SCORES_ONLY)
+def test_kernels_for_scores_take_targets_without_a_density(name):
+    target = targets(2)["mixture"].density()
+    position, key = jnp.asarray([0.3, -0.2]), jax.random.key(4)
+    results = []
+    for each in (target, ScoreOnly(target)):
+        algorithm = KERNELS[name].build(each, 2)
+        results.append(algorithm.step(key, algorithm.init(position, key))[0].position)
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_double_precision_stays_double(name):
+    with jax.enable_x64(True):
+        algorithm = KERNELS[name].build(targets(2)["mixture"].density(), 2)
+        position = jnp.asarray([0.3, -0.2])
+        state, info = algorithm.step(jax.random.key(1), algorithm.init(position, jax.random.key(0)))
+        assert state.position.dtype == info.acceptance_rate.dtype == jnp.float64
+
+
+class _WrongMala:
+    """MALA whose ratio takes |.|^2/(2h) where |.|^2/(4h) is right: the fault of a public implementation."""
+
+    def __init__(self, target, h):
+        self.target, self.h = target, h
+
+    def init(self, position, rng_key):
+        return mcmc.HamiltonianState(position, self.target.logdensity(position), None, None)
+
+    def step(self, rng_key, state):
+        key_noise, key_accept = jax.random.split(rng_key)
+        x, h = state.position, self.h
+        y = x + h * self.target.score(x) + jnp.sqrt(2 * h) * jax.random.normal(key_noise, x.shape)
+
+        def log_proposal(a, b):
+            return -jnp.sum((b - a - h * self.target.score(a)) ** 2) / (2 * h)
+
+        log_ratio = self.target.logdensity(y) - state.logdensity + log_proposal(y, x) - log_proposal(x, y)
+        probability = jnp.exp(jnp.minimum(log_ratio, 0.0))
+        accepted = jax.random.uniform(key_accept) < probability
+        x = jnp.where(accepted, y, x)
+        info = mcmc.UnderdampedInfo(probability, jnp.zeros((), bool), probability)
+        return mcmc.HamiltonianState(x, self.target.logdensity(x), None, None), info
+
+
+jax.tree_util.register_pytree_node(
+    _WrongMala, lambda self: ((self.target, self.h), None), lambda _, children: _WrongMala(*children)
+)
+
+
+@pytest.mark.parametrize("target_name", targets(2))
+def test_the_check_finds_a_wrong_factor_two(target_name):
+    target = targets(2)[target_name]
+    z = check_stationarity(_WrongMala(target.density(), 0.1), target)
+    assert np.abs(z).max() > 2 * BOUND
+
+
+def test_the_check_finds_a_momentum_that_is_not_turned_round():
+    """Generalised HMC without the flip: what two public implementations do."""
+    target = targets(2)["mixture"]
+    algorithm = mcmc.ghmc(target.density(), 0.75, persistence=0.8)
+    step = algorithm.step
+
+    def without_flip(kernel, rng_key, state):
+        new, info = step.func(kernel, rng_key, state)
+        momentum = jnp.where(info.is_accepted, new.momentum, -new.momentum)
+        return new._replace(momentum=momentum), info
+
+    wrong = algorithm._replace(step=Partial(without_flip, *step.args))
+    assert np.all(np.abs(check_stationarity(algorithm, target, 20_000)) < BOUND)
+    assert np.abs(check_stationarity(wrong, target, 20_000)).max() > 2 * BOUND
+
+
+def test_blackjax_kernels_run_on_the_same_targets():
+    target = targets(2)["mixture"]
+    start = target.sample(0, 2000)
+    algorithm = blackjax.nuts(target.density().logdensity, 0.4, jnp.ones(2))
+    trace = smcdiff.run(
+        jax.random.key(0),
+        algorithm,
+        5,
+        position=jnp.asarray(start, jnp.float32),
+        num_chains=2000,
+        chunk_size=5,
+        progress=False,
+    )
+    z = z_scores(features(target, start), features(target, np.asarray(trace.state.position)))
+    assert np.all(np.abs(z) < BOUND), z
