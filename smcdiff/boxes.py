@@ -93,8 +93,8 @@ class BoxMixtureDiffusion(Composable, eqx.Module):
         if not (np.all(weights > 0) and np.all(high > low)):
             raise ValueError("weights must be positive, and high above low in every coordinate.")
         dtype = dtype or jnp.result_type(float)
-        arrays = (np.log(weights / weights.sum()), low, high)
-        return cls(*(jnp.asarray(value, dtype) for value in arrays), schedule)
+        log_weights = jnp.asarray(np.log(weights / weights.sum()), dtype)
+        return cls(log_weights, jnp.asarray(low, dtype), jnp.asarray(high, dtype), schedule)
 
     @property
     def event_shape(self) -> tuple[int, ...]:

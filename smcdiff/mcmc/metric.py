@@ -15,13 +15,17 @@ __all__ = ["InverseMassMatrix", "from_whitened", "mass_factor", "score_in_whiten
 InverseMassMatrix = Float[Array, " d"] | Float[Array, "d d"] | None
 
 
-def mass_factor(inverse_mass_matrix: InverseMassMatrix) -> InverseMassMatrix:
+def mass_factor(
+    inverse_mass_matrix: InverseMassMatrix, name: str = "inverse_mass_matrix"
+) -> InverseMassMatrix:
     """L with M^-1 = L L^T: None for the identity, deviations (d,), or a lower triangle (d, d).
 
     Parameters
     ----------
     inverse_mass_matrix
         None, variances (d,), or a covariance (d, d), over the flattened sample.
+    name
+        What the caller's argument is called, for messages.
 
     Raises
     ------
@@ -36,14 +40,12 @@ def mass_factor(inverse_mass_matrix: InverseMassMatrix) -> InverseMassMatrix:
     elif matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]:
         factor = jnp.linalg.cholesky(matrix)
     else:
-        raise ValueError(
-            f"inverse_mass_matrix must be None, of shape (d,) or of shape (d, d), got shape {matrix.shape}."
-        )
+        raise ValueError(f"{name} must be None, of shape (d,) or of shape (d, d), got shape {matrix.shape}.")
     diagonal = factor if factor.ndim == 1 else jnp.diag(factor)
     if not isinstance(diagonal, jax.core.Tracer) and not np.all(
         np.isfinite(diagonal) & (np.asarray(diagonal) > 0)
     ):
-        raise ValueError("inverse_mass_matrix must be positive definite.")
+        raise ValueError(f"{name} must be positive definite.")
     return factor
 
 
@@ -66,5 +68,6 @@ def score_in_whitened(factor: InverseMassMatrix, score: Float[Array, " d"]) -> F
 def _check_size(factor, vector):
     if factor.shape[-1] != vector.size:
         raise ValueError(
-            f"inverse_mass_matrix must fit the flattened sample of size {vector.size}, got {factor.shape}."
+            f"the inverse mass matrix or covariance must fit the flattened sample of size {vector.size}, got shape "
+            f"{factor.shape}."
         )
