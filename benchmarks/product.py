@@ -24,13 +24,18 @@ from benchmarks.common import bar, format_table, sliced_wasserstein, total_varia
 from smcdiff import compose, schedules
 from smcdiff.run import run as run_algorithm
 from smcdiff.smc import fkc, mala_moves, smc
+from smcdiff.smc.drift import fit_drift
 
+FITTED = {"drift_control": "fitted"}  # by `fit_drift` on a fifth of the particles
 VARIANTS = {
-    # name: (options of fkc, MALA moves a step, whether weights are used)
+    # name: (options of fkc, MALA moves a step, whether weights are used); moves between weights from scores accept by
+    # scores where the drift is fitted, so that no density is used
     "sum of scores": ({"drift_control": False}, 0, False),
     "score weights": ({"drift_control": False}, 0, True),
     "score weights, drift control": ({}, 0, True),
     "score weights, drift control, MALA": ({}, 3, True),
+    "score weights, fitted drift": (FITTED, 0, True),
+    "score weights, fitted drift, MALA by scores": (FITTED, 3, True),
     "density weights": ({"weights": "density"}, 0, True),
     "density weights, MALA": ({"weights": "density"}, 3, True),
 }
@@ -99,8 +104,12 @@ def one_seed(seed, d, schedule, times, name, num_particles) -> dict:
     reference, again = exact.sample(key_reference, num_particles), exact.sample(key_floor, num_particles)
 
     options, num_moves, weighted = VARIANTS[name]
-    path = compose.product(*models)
-    move = mala_moves(path, times=times, width=np.sqrt(0.5)) if num_moves else None
+    path, accept = compose.product(*models), "exact"
+    if options == FITTED:
+        key_fit, few = jax.random.fold_in(key_smc, len(times)), max(num_particles // 5, 1)
+        options = {"drift_control": fit_drift(key_fit, path, times=times, num_particles=few)}
+        accept = "line_integral"
+    move = mala_moves(path, times=times, width=np.sqrt(0.5), accept=accept) if num_moves else None
     algorithm = smc(
         fkc(path, times=times, **options),
         num_particles,

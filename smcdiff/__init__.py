@@ -16,6 +16,7 @@ from smcdiff.schedules import log_snr_times
 from smcdiff.smc import (
     FeynmanKac,
     SMCResult,
+    annealed_mcmc,
     bootstrap,
     fk_steering,
     fkc,
@@ -40,6 +41,7 @@ __all__ = [
     "SMCResult",
     "Trace",
     "analytic",
+    "annealed_mcmc",
     "bootstrap",
     "compose",
     "fk_steering",

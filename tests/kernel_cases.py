@@ -34,7 +34,7 @@ KERNELS = {
     ),
     "hmc": Kernel(lambda target, d: mcmc.hmc(target, 0.35 / d**0.25, 3)),
     "hmc, preconditioned": Kernel(
-        lambda target, d: mcmc.hmc(target, 0.3 / d**0.25, 3, inverse_mass_matrix=0.5 + jnp.arange(d) / d)
+        lambda target, d: mcmc.hmc(target, 0.3 / d**0.25, 3, inverse_mass_matrix=jnp.linspace(0.5, 1.4, d))
     ),
     "hmc, line integral": Kernel(
         lambda target, d: mcmc.hmc(target, 0.3 / d**0.25, 3, accept="line_integral", num_nodes=8),
@@ -49,5 +49,31 @@ KERNELS = {
     ),
     "underdamped": Kernel(
         lambda target, d: mcmc.underdamped(target, 0.1, friction=1.5), is_exact=False, scores_only=True
+    ),
+    "polar slice": Kernel(lambda target, d: mcmc.polar_slice(target, 3.0)),
+    "polar slice, affine": Kernel(
+        lambda target, d: mcmc.polar_slice(
+            target, 2.0, center=jnp.linspace(-0.3, 0.4, d), covariance=_mass(d)
+        )
+    ),
+    "hit and run slice": Kernel(lambda target, d: mcmc.hit_and_run_slice(target, 2.0)),
+    "diffusive gibbs": Kernel(
+        lambda target, d: mcmc.diffusive_gibbs(
+            target,
+            jnp.asarray([0.5, 0.9]),
+            jnp.asarray([0.6, 0.4]),
+            step_size=0.1 / d ** (1 / 3),
+            num_mala_steps=2,
+        )
+    ),
+    "cycle": Kernel(
+        lambda target, d: mcmc.cycle(
+            [mcmc.mala(target, 0.15 / d ** (1 / 3)), mcmc.hit_and_run_slice(target, 2.0)]
+        )
+    ),
+    "mixture": Kernel(
+        lambda target, d: mcmc.mixture(
+            [mcmc.hmc(target, 0.3 / d**0.25, 2), mcmc.ghmc(target, 0.4 / d**0.25)], jnp.asarray([0.7, 0.3])
+        )
     ),
 }

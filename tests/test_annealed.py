@@ -75,7 +75,9 @@ def features(x):
 
 @functools.cache
 def tuned():
-    return mcmc.tune_step_sizes(jax.random.key(0), compose.product(*parts()), times=TIMES, num_rounds=10)
+    return smcdiff.smc.tune_step_sizes(
+        jax.random.key(0), compose.product(*parts()), times=TIMES, num_rounds=10
+    )
 
 
 def test_step_sizes_reach_the_acceptance_rate_at_every_level():
@@ -97,7 +99,7 @@ def test_the_walk_ends_in_the_product(name):
     """Chains are independent: 4000 of them, 5 standard errors, six features; fails once in 300 000."""
     kernel, scores_only = KERNELS[name]
     path = compose.product(*(map(ScorePath, parts()) if scores_only else parts()))
-    fk = mcmc.annealed_mcmc(
+    fk = smcdiff.annealed_mcmc(
         path, times=TIMES, step_sizes=tuned().step_sizes, kernel=kernel, steps_per_level=6
     )
     result = smcdiff.run_smc(jax.random.key(1), fk, 4000, chunk_size=40, progress=False)
@@ -108,7 +110,7 @@ def test_the_walk_ends_in_the_product(name):
 
 
 def test_few_steps_are_not_enough_which_the_check_sees():
-    fk = mcmc.annealed_mcmc(
+    fk = smcdiff.annealed_mcmc(
         compose.product(*parts()), times=TIMES[::8], step_sizes=tuned().step_sizes[7::8], steps_per_level=1
     )
     found = features(smcdiff.run_smc(jax.random.key(1), fk, 4000, chunk_size=5, progress=False).particles[0])
@@ -118,7 +120,7 @@ def test_few_steps_are_not_enough_which_the_check_sees():
 def test_importance_weights_are_exact_and_their_evidence_unbiased():
     """400 runs of 10 particles; 4.5 standard errors: fails once in 100 000."""
     path = compose.product(*parts())
-    fk = mcmc.annealed_mcmc(
+    fk = smcdiff.annealed_mcmc(
         path, times=TIMES, step_sizes=tuned().step_sizes, steps_per_level=1, weights="density"
     )
     result = smcdiff.run_smc(jax.random.key(2), fk, 10, num_chains=400, chunk_size=40, progress=False)
@@ -134,11 +136,11 @@ def test_importance_weights_are_exact_and_their_evidence_unbiased():
 def test_a_predictor_is_the_reverse_transition():
     """On a diffusion the ancestral predictor alone samples it: hardly any move is made, and the law is right."""
     model = parts()[0]
-    fk = mcmc.annealed_mcmc(model, times=TIMES, step_sizes=1e-8, steps_per_level=1, predictor=1.0)
+    fk = smcdiff.annealed_mcmc(model, times=TIMES, step_sizes=1e-8, steps_per_level=1, predictor=1.0)
     x = smcdiff.run_smc(jax.random.key(3), fk, 4000, chunk_size=40, progress=False).particles[0]
     mean, covariance = np.asarray(model.mixture.mean()), np.asarray(model.mixture.covariance())
     assert np.all(np.abs(x.mean(0) - mean) < 5 * np.sqrt(np.diag(covariance) / 4000) + 0.03)
-    without = mcmc.annealed_mcmc(model, times=TIMES, step_sizes=1e-8, steps_per_level=1)
+    without = smcdiff.annealed_mcmc(model, times=TIMES, step_sizes=1e-8, steps_per_level=1)
     x = smcdiff.run_smc(jax.random.key(3), without, 400, chunk_size=40, progress=False).particles[0]
     assert x.std() > 10
 
@@ -162,9 +164,9 @@ def test_bad_arguments_are_refused(options, error, message):
     arguments = {"path": parts()[0], "times": TIMES, "step_sizes": 0.5, **options}
     path = arguments.pop("path")
     if error is None:  # a kernel that needs a density says so when it meets the score
-        fk = mcmc.annealed_mcmc(path, **arguments)
+        fk = smcdiff.annealed_mcmc(path, **arguments)
         with pytest.raises(TypeError, match="mala needs a target with the capability HasLogDensity"):
             smcdiff.run_smc(jax.random.key(0), fk, 2, progress=False)
         return
     with pytest.raises(error, match=message):
-        mcmc.annealed_mcmc(path, **arguments)
+        smcdiff.annealed_mcmc(path, **arguments)

@@ -2,14 +2,16 @@
 
 Truth: in two dimensions every composition is a density on a grid, integrated by NumPy in double precision from its own
 formula of the mixtures; in ten dimensions a product of mixtures of shared covariance is a mixture in closed form.
-Checks compare the mean over independent runs with the truth in units of its standard error, estimated from the runs;
-the bound is 5.5. For 20 runs (Student's t, 19 degrees of freedom) one check fails by chance with a probability of
-2.6e-5, hence one of the about 250 here with 0.7 %; keys are fixed. Runs with score weights have 200 steps and so few
-particles that their error of first order in the step, at most 0.02 in most log evidences, stays below that bound; its
-size and order have a test of their own.
+Checks compare the mean over 20 independent runs with the truth in units of its standard error, estimated from the
+runs, by Student's t with 19 degrees of freedom. Single checks, of which there are about 250, allow 5.5 of them: one
+fails by chance with a probability of 2.6e-5, any with 0.7 %. That bound lets a bias of several standard errors pass, so
+one test counts the cases with a moment or mode weight beyond 3. Keys are fixed. Runs with score weights have 200 steps
+and so few particles that their error of first order in the step, at most 0.02 in most log evidences, stays below these
+bounds; its size and order have a test of their own.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from smcdiff.smc.fkc import fkc
 
 BOUND = 5.5
 SIZES = {
-    "density": (100, 300),
+    "density": (50, 200),
     "score": (200, 200),
 }  # steps and particles; the same for many tests: one program
 SCHEDULE = schedules.cosine()
@@ -120,11 +122,10 @@ def times(num_steps, schedule=SCHEDULE):
     return smcdiff.log_snr_times(schedule, num_steps)
 
 
-def runs(key, fk, num_particles, num_chains):
-    """Weighted mean features of every run, and its log evidence."""
-    result = smcdiff.run_smc(
-        jax.random.key(key), fk, num_particles, num_chains=num_chains, chunk_size=fk.num_steps, progress=False
-    )
+def runs(key, fk, num_particles, num_chains, ess_threshold=0.5):
+    """Particles, weights and log evidence of every run."""
+    options = {"num_chains": num_chains, "chunk_size": fk.num_steps, "ess_threshold": ess_threshold}
+    result = smcdiff.run_smc(jax.random.key(key), fk, num_particles, **options, progress=False)
     assert result.is_valid
     weights = np.exp(np.asarray(result.log_weights, float))
     x = np.asarray(result.particles, float)
@@ -137,34 +138,56 @@ def deviations(values, exact):
     return (values.mean(0) - exact) / error, error
 
 
-def check(key, name, schedule=SCHEDULE, *, weights="score", **options):
-    """20 runs against the truth: moments, mode weights, and evidence; returns the log evidences' errors."""
+def law_and_evidence(key, name, schedule=SCHEDULE, *, weights="score", **options):
+    """Deviations, in standard errors, of the features in 20 runs; these errors; and those of the log evidence."""
     log_integral, exact = truth(name)
     num_steps, num_particles = SIZES[weights]
     path = CASES[name][0](*parts(schedule))
     fk = fkc(path, times=times(num_steps, schedule), weights=weights, **options)
     x, particle_weights, log_evidence = runs(key, fk, num_particles, 20)
     z, error = deviations(np.einsum("cn,cnf->cf", particle_weights, features(x)), exact)
-    assert np.all(np.abs(z) < BOUND), z
-    assert np.all(error < 0.1), error
-    z, error = deviations(np.exp(log_evidence - log_integral), 1.0)
+    return z, error, log_evidence - log_integral
+
+
+def check(*args, **options):
+    """Law and evidence within the bound; returns the log evidences' errors."""
+    z, error, errors = law_and_evidence(*args, **options)
+    assert np.all(np.abs(z) < BOUND) and np.all(error < 0.1), (z, error)
+    z, error = deviations(np.exp(errors), 1.0)
     assert abs(z) < BOUND and error < 0.1, (z, error)
-    return log_evidence - log_integral
+    return errors
+
+
+FAST = ("product", "guidance", "contrast", "temper 3", "quadratic reward")
 
 
 @pytest.mark.parametrize("weights", SIZES)
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("tempered tilt", "moving exponents") else name
-        for name in CASES
-    ],
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_law_and_evidence_are_exact(name, weights):
     check(1, name, weights=weights)
 
 
-@pytest.mark.parametrize("name", ["product", "guidance", "temper 3"])
+@pytest.mark.slow
+def test_moments_and_mode_weights_are_within_3_standard_errors():
+    """But for as many cases as chance explains.
+
+    One check lies beyond 3 standard errors with a probability of 0.74 %, hence one of a case's 7, which share its runs,
+    in at most 5.2 % of the cases, whose runs are independent: in more than 5 of the 22 with a probability of 7e-4 at
+    most.
+    """
+    beyond = {}
+    for index, (name, weights) in enumerate(itertools.product(CASES, SIZES)):
+        z, *_ = law_and_evidence(1000 + index, name, weights=weights)
+        if np.any(np.abs(z) > 3.0):
+            beyond[name, weights] = z
+    assert len(beyond) <= 5, beyond
+
+
+@pytest.mark.parametrize(
+    "name", ["product", *[pytest.param(name, marks=pytest.mark.slow) for name in ("guidance", "temper 3")]]
+)
 def test_density_weights_are_unbiased_at_20_steps_with_few_particles(name):
     log_integral, _ = truth(name)
     path = CASES[name][0](*parts())
@@ -173,6 +196,7 @@ def test_density_weights_are_unbiased_at_20_steps_with_few_particles(name):
     assert abs(z) < 5.0 and error < 0.04  # 1000 runs: 6e-7 a check
 
 
+@pytest.mark.slow
 def test_score_weights_err_at_first_order_in_the_step():
     log_integral, _ = truth("product")
     path = CASES["product"][0](*parts())
@@ -187,8 +211,22 @@ def test_score_weights_err_at_first_order_in_the_step():
     assert 1.3 < bias[0] / bias[1] < 2.9
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.7])
-@pytest.mark.parametrize("name", ["product", "quadratic reward"])
+@pytest.mark.parametrize(
+    ("name", "eta"),
+    [
+        ("product", 0.0),
+        ("quadratic reward", 1.7),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("product", 0.5),
+                ("product", 1.7),
+                ("quadratic reward", 0.0),
+                ("quadratic reward", 0.5),
+            )
+        ],
+    ],
+)
 def test_score_weights_are_right_for_every_noise_level(name, eta):
     check(4, name, eta=eta)
 

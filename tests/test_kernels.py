@@ -105,6 +105,7 @@ def test_protocol(name):
     assert info.acceptance_rate.shape == () and 0.0 <= info.acceptance_rate <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_positions_may_be_pytrees(name):
     """A dictionary is the flat vector in another guise."""
@@ -167,6 +168,7 @@ def test_kernels_for_scores_take_targets_without_a_density(name):
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_precision_stays_double(name):
     with jax.enable_x64(True):

@@ -135,6 +135,34 @@ def test_almost_no_noise():
     assert np.all(np.abs(means.mean(0) - mean) < Z * means.std(0) / np.sqrt(600))
 
 
+@pytest.mark.parametrize(("name", "order"), [("cosine", 2), ("velocity of a flow", 1)])
+def test_without_noise_the_chain_is_conditioned_exactly(name, order):
+    """The last transition's deviation is part of the oracle, as it is of the target."""
+    schedule, wrap = MODELS[name]
+    exact, grid = gaussian(schedule), times(schedule, num_steps=40)
+    fk = mcgdiff(wrap(exact), problem(), times=grid, order=order, sigma_data=1.3, noiseless=True)
+    alpha, sigma = (float(f(grid[-2])) for f in (exact.schedule.alpha, exact.schedule.sigma))
+    mean, covariance = chain_law(exact, grid, order)
+    covariance = covariance + sigma**2 / (alpha**2 + (sigma / 1.3) ** 2) * np.eye(3)
+    total = MATRIX @ covariance @ MATRIX.T
+    residual, gain = Y - MATRIX @ mean, np.linalg.solve(total, MATRIX @ covariance).T
+    log_evidence = -0.5 * (
+        residual @ np.linalg.solve(total, residual) + np.linalg.slogdet(2 * np.pi * total)[1]
+    )
+    law = log_evidence, mean + gain @ residual, covariance - gain @ MATRIX @ covariance
+    result = run(14, fk, 32, 1000)
+    measured = np.asarray(result.particles.x, float) @ MATRIX.T
+    np.testing.assert_allclose(measured, np.broadcast_to(Y, measured.shape), atol=2e-5)
+    assert_properly_weighted(result, *law)
+
+
+def test_without_noise_rows_must_be_independent():
+    for rows in ([[1.0, 2.0, 0.5], [2.0, 4.0, 1.0]], np.eye(4, 3)):
+        redundant = problem(np.array(rows), np.zeros(len(rows)), 1.0)
+        with pytest.raises(ValueError, match="noiseless=True needs an operator whose rows are independent"):
+            mcgdiff(gaussian(), redundant, times=times(), noiseless=True)
+
+
 def test_image_shaped_samples():
     rng = np.random.default_rng(4)
     root = rng.normal(size=(6, 6))

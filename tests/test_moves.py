@@ -70,8 +70,8 @@ def exact_moments(law):
     return np.array([mean[0], mean[1], second[0, 0], second[0, 1], second[1, 1]])
 
 
-def _walk(step, logdensity_fn, t):
-    return blackjax.additive_step_random_walk(logdensity_fn, Partial(_gaussian_step, step))
+def _walk(step, density, t):
+    return blackjax.additive_step_random_walk(density.logdensity, Partial(_gaussian_step, step))
 
 
 def _gaussian_step(step, rng_key, position):
@@ -118,6 +118,38 @@ def test_moves_change_particles_and_no_weight():
     assert still.log_evidence == moved.log_evidence
     assert np.mean(np.asarray(still.particles) != np.asarray(moved.particles)) > 0.5
     assert info_still.move_info is None and 0 < info_moved.move_info < 1
+
+
+def _hmc(step_size, density, t):
+    return smcdiff.mcmc.hmc(density, step_size, 3, accept="line_integral")
+
+
+def _table_score(model, x, t):
+    return model.score(x, t)
+
+
+def test_scores_suffice_but_for_the_end():
+    a, b = models()
+    network = smcdiff.Diffusion(b, _table_score, SCHEDULE, "score", (2,))
+    known, learned, grid = compose.product(a, b), compose.product(a, network), times(12)
+    x = jnp.asarray([[1.2, 0.3], [-1.0, 0.9], [0.4, -1.4], [2.0, 2.0]])
+    keys = jax.random.split(jax.random.key(9), len(x))
+    several = jax.jit(
+        jax.vmap(lambda move, key, x, k: move.apply(move.tuning, key, x, k, 4), (None, 0, 0, None))
+    )
+    for make in (
+        lambda path: mala_moves(path, times=grid, width=0.4, accept="line_integral"),
+        lambda path: mcmc_moves(path, Partial(_hmc, jnp.asarray(0.2)), times=grid),
+    ):
+        for k in (5, 11):  # the last step ends at t = 0, where a network has no score
+            expected, found = (several(make(path), keys, x, k) for path in (known, learned))
+            assert not np.any(np.all(expected[0] == x, axis=-1)) and np.all(expected[1] > 0)
+            if k == 5:
+                np.testing.assert_allclose(found[0], expected[0], rtol=1e-3, atol=1e-3)
+                np.testing.assert_allclose(found[1], expected[1], rtol=1e-3, atol=1e-3)
+            else:
+                np.testing.assert_array_equal(found[0], x)
+                np.testing.assert_array_equal(found[1], 0.0)
 
 
 def _labelled(rng_key, particle, k):
@@ -204,5 +236,5 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match="target_acceptance must lie between 0 and 1, or be None, got"):
             mala_moves(path, times=grid, width=1.0, target_acceptance=target)
     network = smcdiff.Diffusion(None, lambda params, x, t: -x, SCHEDULE, "score", (2,))
-    with pytest.raises(TypeError, match="mala_moves needs a target with the capability HasLogDensity"):
+    with pytest.raises(TypeError, match="mala needs a target with the capability HasLogDensity"):
         mala_moves(compose.product(models()[0], network), times=grid, width=1.0)

@@ -332,3 +332,15 @@ def test_killing_keeps_whoever_survives_in_its_place():
     assert np.array_equal(killing(jax.random.key(0), jnp.full(16, 1 / 16), 16), np.arange(16))
     with pytest.raises(ValueError, match="num_samples must be 10, got 7"):
         killing(jax.random.key(0), weights, 7)
+
+
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_outermost_points_have_owners(monkeypatch, bits, seed):
+    """Expected offspring sum to N to the last unit of 2^-32; random points would hardly notice if they did not."""
+    weights = _weights(5000, seed=seed)
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(bits, dtype))
+    counts = np.bincount(systematic(jax.random.key(0), weights, 5000), minlength=5000)
+    expected = 5000 * np.asarray(weights, float) / np.asarray(weights, float).sum()
+    assert counts.size == 5000 and counts.sum() == 5000
+    assert np.all(np.abs(counts - expected) < 1 + 1e-6 * expected)

@@ -276,8 +276,8 @@ def _step(kernel, rng_key, state):
     end, path_integral = _leapfrog(kernel, unravel, start)
 
     log_ratio = _log_ratio(kernel, unravel, start, end, path_integral)
-    kinetic, new_kinetic = 0.5 * jnp.sum(u**2), 0.5 * jnp.sum(end[1] ** 2)
-    gain = log_ratio + kinetic - new_kinetic
+    kinetic, kinetic_rise = 0.5 * jnp.sum(u**2), _kinetic_rise(kernel, start, end)
+    gain = log_ratio - kinetic_rise
     gain = jnp.where(jnp.isnan(gain), -jnp.inf, gain)
     if kernel.accept == "never rejects":
         probability, is_accepted = jnp.ones_like(gain), jnp.ones((), bool)
@@ -287,7 +287,7 @@ def _step(kernel, rng_key, state):
 
     turned = (x, -u, *start[2:])
     x, u, logdensity, score = jax.tree.map(lambda new, old: jnp.where(is_accepted, new, old), end, turned)
-    energy = None if logdensity is None else jnp.where(is_accepted, new_kinetic, kinetic) - logdensity
+    energy = None if logdensity is None else kinetic + jnp.where(is_accepted, kinetic_rise, 0.0) - logdensity
     info = HamiltonianInfo(
         probability,
         is_accepted,
@@ -317,6 +317,21 @@ def _leapfrog(kernel, unravel, start):
     if kernel.num_integration_steps == 1:
         return one_step(carry, None)[0]
     return jax.lax.scan(one_step, carry, length=kernel.num_integration_steps)[0]
+
+
+def _kinetic_rise(kernel, start, end):
+    """|u'|^2/2 - |u|^2/2 of the path; of a single step without the momenta, which then need not be kept (MALA)."""
+    (x, u, _, score), (new_x, new_u, _, new_score) = start, end
+    if kernel.num_integration_steps > 1:
+        return 0.5 * jnp.sum(new_u**2) - 0.5 * jnp.sum(u**2)
+    # u' - u = e/2 L^T (s + s') and u + u' = 2/e L^-1 (x' - x) + e/2 L^T (s' - s).
+    change, square = new_x - x, 0.25 * jnp.asarray(kernel.step_size, x.dtype) ** 2
+    if kernel.factor is None:
+        return 0.5 * jnp.sum((score + new_score) * (change + square * (new_score - score)))
+    before, after = (score_in_whitened(kernel.factor, s) for s in (score, new_score))
+    return 0.5 * (
+        jnp.sum((score + new_score) * change) + square * jnp.sum((before + after) * (after - before))
+    )
 
 
 def _log_ratio(kernel, unravel, start, end, path_integral):

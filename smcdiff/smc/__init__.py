@@ -1,5 +1,6 @@
 """Sequential Monte Carlo on Feynman-Kac models."""
 
+from smcdiff.smc.annealed import TunedStepSizes, annealed_mcmc, tune_step_sizes
 from smcdiff.smc.bootstrap import bootstrap
 from smcdiff.smc.conditional import (
     ParticleGibbsInfo,
@@ -9,6 +10,7 @@ from smcdiff.smc.conditional import (
     conditional_systematic,
     particle_gibbs,
 )
+from smcdiff.smc.drift import fit_drift
 from smcdiff.smc.feynman_kac import FeynmanKac, Move, SMCInfo, SMCState, smc
 from smcdiff.smc.fkc import fkc
 from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
@@ -44,11 +46,14 @@ __all__ = [
     "SMCState",
     "SteeredParticle",
     "Trajectory",
+    "TunedStepSizes",
     "TwistedParticle",
+    "annealed_mcmc",
     "bootstrap",
     "conditional_multinomial",
     "conditional_systematic",
     "effective_sample_size",
+    "fit_drift",
     "fk_steering",
     "fkc",
     "jax_reward",
@@ -68,4 +73,5 @@ __all__ = [
     "svdd",
     "systematic",
     "tds",
+    "tune_step_sizes",
 ]

@@ -30,7 +30,7 @@ from smcdiff.density import HasLogDensity, ScheduledPath, as_pytree, require
 from smcdiff.mcmc.langevin import mala
 from smcdiff.reverse import reverse_transition
 from smcdiff.schedules import check_times
-from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.feynman_kac import FeynmanKac, repeat
 
 __all__ = ["TunedStepSizes", "annealed_mcmc", "tune_step_sizes"]
 
@@ -175,7 +175,8 @@ def tune_step_sizes(
     check_between("target_acceptance", target_acceptance, 0.0, 1.0)
     check_count("num_particles", num_particles)
     check_count("num_rounds", num_rounds)
-    return TunedStepSizes(*_tune(rng_key, fk.step.args[0], target_acceptance, num_particles, num_rounds))
+    (annealed,) = fk.step.args  # type: ignore[attr-defined]  # a Partial
+    return TunedStepSizes(*_tune(rng_key, annealed, target_acceptance, num_particles, num_rounds))
 
 
 def _default_kernel(path):
@@ -235,14 +236,14 @@ def _step(annealed, rng_key, x, k):
 def _moves(annealed, rng_key, x, k, step_size, num_moves):
     """The sample after ``num_moves`` steps of the kernel at times[k + 1], and their mean acceptance rate."""
     algorithm = annealed.kernel(annealed.path.at(annealed.times[k + 1]), step_size)
-    state = algorithm.init(x, jax.random.fold_in(rng_key, num_moves))
+    key_init, key_moves = jax.random.split(rng_key)
 
-    def one_move(state, index):
-        state, info = algorithm.step(jax.random.fold_in(rng_key, index), state)
+    def one_move(key, state):
+        state, info = algorithm.step(key, state)
         return state, info.acceptance_rate
 
-    state, rates = jax.lax.scan(one_move, state, jnp.arange(num_moves))
-    return state.position, jnp.mean(rates)
+    state, rate = repeat(one_move, key_moves, algorithm.init(x, key_init), num_moves)
+    return state.position, rate
 
 
 @functools.partial(jax.jit, static_argnames=("num_particles", "num_rounds"))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.batching import batched_map
 from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
@@ -35,7 +35,7 @@ from smcdiff.smc.weights import (
     uniform_log_weights,
 )
 
-__all__ = ["FeynmanKac", "Move", "SMCInfo", "SMCState", "smc"]
+__all__ = ["FeynmanKac", "Move", "SMCInfo", "SMCState", "repeat", "smc"]
 
 
 class FeynmanKac(eqx.Module):
@@ -116,17 +116,18 @@ class SMCInfo(NamedTuple):
 
 
 class Move(eqx.Module):
-    """A Markov move of one particle between the steps of SMC, with settings that are tuned from the cloud.
+    """Markov moves of one particle between the steps of SMC, with settings that are tuned from the cloud.
 
     Parameters
     ----------
     apply
-        ``apply(tuning, rng_key, particle, k) -> (particle, info)``: leaves invariant what the particles target after
-        step k, whatever ``tuning``; info is a pytree of numbers.
+        ``apply(tuning, rng_key, particle, k, num_moves) -> (particle, info)``: makes ``num_moves`` moves that leave
+        invariant what the particles target after step k, whatever ``tuning``; info is a pytree of numbers, averaged
+        over the moves.
     tuning
         The first settings, any pytree.
     retune
-        ``retune(tuning, info) -> tuning`` for the next step, from the info averaged over particles and moves; None
+        ``retune(tuning, info) -> tuning`` for the next step, from the info averaged over particles; None
         keeps the settings. Settings that depend on the cloud make the evidence estimate consistent instead of
         unbiased.
     """
@@ -136,8 +137,8 @@ class Move(eqx.Module):
     retune: Callable | None = None
 
     def __call__(self, rng_key, particle, k):
-        """The move with its first settings."""
-        return self.apply(self.tuning, rng_key, particle, k)
+        """One move with the first settings."""
+        return self.apply(self.tuning, rng_key, particle, k, 1)
 
 
 class _Sampler(eqx.Module):
@@ -184,7 +185,7 @@ def smc(
         info)``: a Markov move that leaves invariant what the particles target after step k; info is a pytree of
         numbers. Nothing can check the invariance: a move that lacks it biases the result.
     num_moves
-        Times ``move`` is applied after every step.
+        Moves after every step.
 
     Raises
     ------
@@ -255,21 +256,28 @@ def _rejuvenate(sampler, key_move, particles, state):
         return particles, None, None
 
     def moves(key, particle):
-        def one_move(particle, index):
-            return sampler.move.apply(state.tuning, jax.random.fold_in(key, index), particle, state.step)
-
-        return jax.lax.scan(one_move, particle, jnp.arange(sampler.num_moves))
+        return sampler.move.apply(state.tuning, key, particle, state.step, sampler.num_moves)
 
     # Keys 0, ..., N - 1 of key_move made the step itself.
     keys = _keys(jax.random.fold_in(key_move, sampler.num_particles), sampler)
     particles, infos = batched_map(moves, sampler.batch_size)(keys, particles)
-    info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=(0, 1)), infos)
+    info = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
     retune = sampler.move.retune
     return particles, info, state.tuning if retune is None else retune(state.tuning, info)
 
 
-def _untuned(move, tuning, rng_key, particle, k):
-    return move(rng_key, particle, k)
+def repeat(step: Callable, rng_key: PRNGKeyArray, state: PyTree, num_steps: int) -> tuple[PyTree, PyTree]:
+    """Make steps ``step(rng_key, state) -> (state, info)``, each with a key of its own; infos are averaged."""
+
+    def one_step(state, index):
+        return step(jax.random.fold_in(rng_key, index), state)
+
+    state, infos = jax.lax.scan(one_step, state, jnp.arange(num_steps))
+    return state, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), infos)
+
+
+def _untuned(move, tuning, rng_key, particle, k, num_moves):
+    return repeat(lambda key, particle: move(key, particle, k), rng_key, particle, num_moves)
 
 
 def _keys(rng_key, sampler):

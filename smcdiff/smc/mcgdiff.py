@@ -18,6 +18,12 @@ adapted filter): x_s gets the increment log psi_s(x_s) - log g_s(x_s). The last 
 transition has no noise. The product of all weights and proposals is prior chain x likelihood: the target is exact
 and the evidence unbiased, whatever the potentials.
 
+A measurement without noise, A x_0 = y, is the same in coordinates w = diag(s)^-1 U^T y, with s = 1 and v = r^2. A last
+transition without noise would meet it by chance only; it therefore gets the deviation r at the last noisy time, that
+of x_0 for Gaussian data of scale sigma_data. The target is the law of that chain given A x_0 = y, and the evidence the
+density of A x_0 at y, exact for any grid as well; both tend to the prior's as the last noise level falls. The last
+proposal, with v = 0, has K = 1 and puts the measured coordinates where the measurement is.
+
 This differs from the paper in two ways that lower the variance. The paper has sigma_data = infinity: its potentials
 claim at high noise that the data are as wide as the noise, at a cost in the weights that grows with the number of
 measurements and steps (deviation of log Z_hat 1.2 against 0.4: Gaussian data in three dimensions, two measurements,
@@ -51,7 +57,12 @@ class _Guided(eqx.Module):
     rows: Float[Array, "r d"]  # V^T, of the whitened operator
     values: Float[Array, " r"]  # its singular values s
     measured: Float[Array, " r"]  # w
+    noise: Float[Array, ""]  # its variance: 1, or 0 of a measurement without noise
+    log_unit: Float[
+        Array, ""
+    ]  # log of the density's unit in w by that in y; of measurements without noise only
     sigma_data: Float[Array, ""]
+    noiseless: bool = eqx.field(static=True)
 
 
 def mcgdiff(
@@ -61,6 +72,7 @@ def mcgdiff(
     times: Float[Array, " steps"],
     sigma_data: float | Float[Array, ""] = 1.0,
     order: int = 2,
+    noiseless: bool = False,
 ) -> FeynmanKac:
     """Feynman-Kac model of Monte Carlo guided diffusion for a linear inverse problem.
 
@@ -72,8 +84,7 @@ def mcgdiff(
     model
         The prior: anything with ``schedule``, ``event_shape`` and ``denoise``.
     problem
-        Measurement, operator and noise. For a measurement without noise give a small deviation and a grid that ends
-        below it.
+        Measurement, operator and noise.
     times
         Grid that falls from 1 to 0, for instance `log_snr_times(model.schedule, 100)`.
     sigma_data
@@ -81,6 +92,10 @@ def mcgdiff(
         Infinity gives the paper's potentials (up to kappa).
     order
         1 for ancestral steps, 2 for the second-order chain.
+    noiseless
+        Take A x_0 = y for exact, whatever noise the problem has: all samples reproduce the measurement, up to
+        rounding, and the evidence is the density of A x_0 at y. The rows of the operator must be independent, and the
+        smallest noise of the grid below the scales that matter.
 
     Raises
     ------
@@ -88,7 +103,7 @@ def mcgdiff(
         If ``model`` has no denoiser or ``problem`` is no `InverseProblem`.
     ValueError
         If ``times`` is no grid from 1 to 0, if the operator does not take the model's samples, if ``sigma_data`` is
-        not positive, or if ``order`` is neither 1 nor 2.
+        not positive, if ``order`` is neither 1 nor 2, or if ``noiseless`` meets rows that are not independent.
 
     Source: "Monte Carlo guided Denoising Diffusion models for Bayesian linear inverse problems", arXiv 2308.07983.
     """
@@ -99,13 +114,29 @@ def mcgdiff(
     if not isinstance(sigma_data, jax.core.Tracer) and not sigma_data > 0:
         raise ValueError(f"sigma_data must be positive, in units of the data, got {sigma_data}.")
     dtype = chain.times.dtype
+    matrix, y = problem.operator.matrix().astype(dtype), problem.y.reshape(-1).astype(dtype)
     std = jnp.sqrt(problem.noise.variance(problem.y.shape)).reshape(-1).astype(dtype)
-    left, values, rows = jnp.linalg.svd(
-        problem.operator.matrix().astype(dtype) / std[:, None], full_matrices=False
-    )
-    measured = (problem.y.reshape(-1).astype(dtype) / std) @ left
-    guided = _Guided(chain, problem, rows, values, measured, jnp.asarray(sigma_data, dtype))
+    std = jnp.ones_like(std) if noiseless else std
+    left, values, rows = jnp.linalg.svd(matrix / std[:, None], full_matrices=False)
+    measured, noise, log_unit = (y / std) @ left, jnp.ones((), dtype), jnp.zeros((), dtype)
+    if noiseless:
+        _check_rows(matrix, values)
+        measured, noise, log_unit = measured / values, jnp.zeros((), dtype), -jnp.sum(jnp.log(values))
+        values = jnp.ones_like(values)
+    scale = jnp.asarray(sigma_data, dtype)
+    guided = _Guided(chain, problem, rows, values, measured, noise, log_unit, scale, noiseless)
     return FeynmanKac(Partial(_init, guided), Partial(_step, guided), chain.num_steps)
+
+
+def _check_rows(matrix, values):
+    if isinstance(values, jax.core.Tracer):
+        return
+    smallest, largest = float(values[-1]), float(values[0])
+    if matrix.shape[0] > matrix.shape[1] or not smallest > 1e-5 * largest:
+        raise ValueError(
+            f"noiseless=True needs an operator whose rows are independent, got a matrix of shape {matrix.shape} with "
+            f"singular values from {smallest:.3g} to {largest:.3g}. Leave out redundant measurements, or give noise."
+        )
 
 
 def _init(guided, rng_key):
@@ -122,30 +153,46 @@ def _init(guided, rng_key):
 def _step(guided, rng_key, particle, k):
     """Move from times[k] to times[k + 1] by the optimal proposal; weigh by what the next move will find."""
     chain = guided.chain
-    mean, std = chain.transition(particle, k)
+    mean, std = _transition(guided, particle, k)
     x = _draw(guided, rng_key, mean, std, chain.times[k + 1])
     moved = ChainParticle(x, chain.denoise(x, k + 1), particle.denoised)
     return moved, jnp.where(k == chain.num_steps - 1, 0.0, _look_ahead(guided, moved, k + 1))
 
 
-def _look_ahead(guided, particle, k):
-    """log psi - log g at times[k]; the last transition is a point, and its psi the likelihood there."""
+def _transition(guided, particle, k):
+    """Mean and deviation of the chain's step; without noise in the measurement, the last step has some."""
     chain = guided.chain
     mean, std = chain.transition(particle, k)
-    log_psi = jnp.where(
-        k == chain.num_steps - 1,
-        guided.problem.log_likelihood(particle.denoised),
-        _log_integral(guided, mean, std, chain.times[k + 1]),
-    )
+    if not guided.noiseless:
+        return mean, std
+    return mean, jnp.where(k == chain.num_steps - 1, jnp.sqrt(_guess(guided, chain.times[k])[1]), std)
+
+
+def _look_ahead(guided, particle, k):
+    """log psi - log g at times[k]; a last transition that is a point has the likelihood there for psi."""
+    chain = guided.chain
+    mean, std = _transition(guided, particle, k)
+    log_psi = _log_integral(guided, mean, std, chain.times[k + 1])
+    is_last = k == chain.num_steps - 1
+    if guided.noiseless:
+        log_psi += jnp.where(is_last, guided.log_unit, 0.0)
+    else:
+        log_psi = jnp.where(is_last, guided.problem.log_likelihood(particle.denoised), log_psi)
     return log_psi - _log_integral(guided, particle.x, 0.0, chain.times[k])
+
+
+def _guess(guided, t):
+    """Slope b and variance r^2 of an entry of x_0 given x_t, for data N(0, sigma_data^2 I)."""
+    alpha, sigma = guided.chain.model.schedule.alpha(t), guided.chain.model.schedule.sigma(t)
+    total = alpha**2 + (sigma / guided.sigma_data) ** 2
+    total = jnp.where(total > 0, total, 1.0)  # zero if alpha is and sigma_data is infinite
+    return alpha / total, sigma**2 / total
 
 
 def _potential(guided, t):
     """Slope a and variance v of the potential at time ``t``."""
-    alpha, sigma = guided.chain.model.schedule.alpha(t), guided.chain.model.schedule.sigma(t)
-    total = alpha**2 + (sigma / guided.sigma_data) ** 2
-    total = jnp.where(total > 0, total, 1.0)  # zero if alpha is and sigma_data is infinite
-    return guided.values * (alpha / total), 1.0 + guided.values**2 * (sigma**2 / total)
+    slope, variance = _guess(guided, t)
+    return guided.values * slope, guided.noise + guided.values**2 * variance
 
 
 def _log_integral(guided, mean, std, t):

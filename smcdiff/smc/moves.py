@@ -2,7 +2,10 @@
 
 A `Move` leaves invariant what the particles target after step k of a Feynman-Kac model; `smcdiff.smc` applies it after
 every step. For particles that are samples x, as those of `smcdiff.fkc` are, any MCMC kernel on the density of the path
-at times[k + 1] will do.
+at times[k + 1] will do. A kernel's state is made once a step, and kept over the moves.
+
+Scores suffice for kernels whose acceptance is an integral of them. But no score is known at t = 0, so that paths
+without log densities get no moves after the last step.
 
 Sources: Gilks and Berzuini, "Following a moving target: Monte Carlo inference for dynamic Bayesian models", JRSS-B 63
 (2001); Buchholz, Chopin and Jacob, "Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo",
@@ -11,19 +14,20 @@ arXiv 1808.07730 (tuning from the cloud).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-import blackjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from smcdiff.checks import check_positive
 from smcdiff.compose.weighted import Composition
 from smcdiff.density import HasLogDensity, ScheduledPath, require
+from smcdiff.mcmc.langevin import mala
 from smcdiff.schedules import check_times
-from smcdiff.smc.feynman_kac import Move
+from smcdiff.smc.feynman_kac import Move, repeat
 
 __all__ = ["mala_moves", "mcmc_moves"]
 
@@ -32,27 +36,30 @@ class _Moves(eqx.Module):
     path: ScheduledPath
     times: Float[Array, " steps"]
     kernel: Callable
+    moves_at_zero: bool = eqx.field(static=True)
 
 
-class _MalaScale(eqx.Module):
+class _Mala(eqx.Module):
     path: ScheduledPath
     width: Float[Array, ""] | float
+    accept: str = eqx.field(static=True)
 
 
 _GAIN = 2.0  # of the logarithm of the step size, by a unit of the acceptance rate
 
 
 def mcmc_moves(path: ScheduledPath, kernel: Callable, *, times: Float[Array, " steps"]) -> Move:
-    """Moves of a BlackJAX kernel on the densities of a path.
+    """Moves of any MCMC kernel on the densities of a path.
 
     Parameters
     ----------
     path
-        Density path with log densities: an exact model, or a composition of such.
+        Density path.
     kernel
-        ``kernel(logdensity_fn, t)`` returns a BlackJAX algorithm for the density at time ``t``, for instance
-        ``lambda logdensity_fn, t: blackjax.mala(logdensity_fn, 0.1)``. Its info must have an ``acceptance_rate``.
-        Make it a `jax.tree_util.Partial` of a module-level function, so that what it holds are leaves.
+        ``kernel(density, t)`` returns a `SamplingAlgorithm` for ``density = path.at(t)``, such as
+        ``lambda density, t: smcdiff.mcmc.hmc(density, 0.1, 5)``, or a kernel of BlackJAX on ``density.logdensity``. Its
+        info must have an ``acceptance_rate``. Make it a `jax.tree_util.Partial` of a module-level function, so that
+        what it holds are leaves.
     times
         The grid of the Feynman-Kac model.
 
@@ -63,11 +70,11 @@ def mcmc_moves(path: ScheduledPath, kernel: Callable, *, times: Float[Array, " s
     Raises
     ------
     TypeError
-        If the path has no log density.
+        If ``path`` is no density path, or lacks what the kernel needs.
     ValueError
         If ``times`` is no grid from 1 to 0.
     """
-    return Move(Partial(_move, _moves("mcmc_moves", path, Partial(_fixed, kernel), times)))
+    return Move(Partial(_move, _moves("mcmc_moves", path, Partial(_fixed, kernel), times, None)))
 
 
 def mala_moves(
@@ -77,10 +84,11 @@ def mala_moves(
     width: Float[Array, ""] | float,
     step_size: Float[Array, ""] | float = 0.5,
     target_acceptance: float | None = 0.574,
+    accept: str = "exact",
 ) -> Move:
     """Moves of the Metropolis-adjusted Langevin algorithm, whose step follows the noise level.
 
-    At time t the step (in BlackJAX's sense: x + h grad log pi + sqrt(2h) noise) is
+    At time t the step h (x + h grad log pi + sqrt(2h) noise) is
 
         h = step_size d^(-1/3) (alpha^2 width^2 + sigma^2 / W),
 
@@ -90,7 +98,8 @@ def mala_moves(
     Parameters
     ----------
     path
-        Density path with log densities: an exact model, or a composition of such.
+        Density path; with log densities, as exact models and their compositions have them, unless ``accept`` does
+        without.
     times
         The grid of the Feynman-Kac model.
     width
@@ -99,6 +108,8 @@ def mala_moves(
         Positive: the share at the first step. The acceptance rates are in `SMCInfo.move_info`.
     target_acceptance
         Acceptance rate towards which ``step_size`` is tuned, between 0 and 1, or None to keep it.
+    accept
+        As in `smcdiff.mcmc.mala`: "exact" for acceptance by log densities, "line_integral" by scores.
 
     Returns
     -------
@@ -107,40 +118,50 @@ def mala_moves(
     Raises
     ------
     TypeError
-        If the path has no log density.
+        If ``path`` is no density path, or has no log density where ``accept`` needs one.
     ValueError
-        If ``width`` or ``step_size`` is not positive, ``target_acceptance`` does not lie between 0 and 1, or
-        ``times`` is no grid from 1 to 0.
+        If ``width`` or ``step_size`` is not positive, ``target_acceptance`` does not lie between 0 and 1, ``accept``
+        is unknown, or ``times`` is no grid from 1 to 0.
 
     Source: Roberts and Rosenthal, "Optimal scaling of discrete approximations to Langevin diffusions", JRSS-B 60
     (1998).
     """
-    for name, value in (("width", width), ("step_size", step_size)):
-        if not isinstance(value, jax.core.Tracer) and not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
+    check_positive("width", width)
+    check_positive("step_size", step_size)
     if target_acceptance is not None and not 0.0 < target_acceptance < 1.0:
         raise ValueError(f"target_acceptance must lie between 0 and 1, or be None, got {target_acceptance}.")
-    moves = _moves("mala_moves", path, Partial(_mala, _MalaScale(path, width)), times)
+    first = jnp.log(step_size)
+    moves = _moves("mala_moves", path, Partial(_mala, _Mala(path, width, accept)), times, first)
     retune = None if target_acceptance is None else Partial(_retune, target_acceptance)
-    return Move(Partial(_move, moves), jnp.log(step_size), retune)
+    return Move(Partial(_move, moves), first, retune)
 
 
-def _moves(who, path, kernel, times):
+def _moves(who, path, kernel, times, tuning):
     require(path, ScheduledPath, who)
-    require(path.at(jnp.asarray(0.5)), HasLogDensity, who)
-    return _Moves(path, check_times(times), kernel)
+    times = check_times(times)
+    density = path.at(times[-2])
+    kernel(tuning, density, times[-2])  # raises now if the density lacks something
+    return _Moves(path, times, kernel, isinstance(density, HasLogDensity))
 
 
-def _move(moves, tuning, rng_key, x, k):
+def _move(moves, tuning, rng_key, x, k, num_moves):
     t = moves.times[k + 1]
-    algorithm = moves.kernel(tuning, moves.path.at(t).logdensity, t)
-    key_init, key_step = jax.random.split(rng_key)
-    state, info = algorithm.step(key_step, algorithm.init(x, key_init))
-    return state.position, info.acceptance_rate
+    stays = (t == 0) & (not moves.moves_at_zero)
+    t = jnp.where(stays, moves.times[k], t)  # any at which the score is finite
+    algorithm = moves.kernel(tuning, moves.path.at(t), t)
+    key_init, key_moves = jax.random.split(rng_key)
+
+    def step(key, state):
+        state, info = algorithm.step(key, state)
+        return state, info.acceptance_rate
+
+    state, acceptance = repeat(step, key_moves, algorithm.init(x, key_init), num_moves)
+    position = jax.tree.map(lambda old, new: jnp.where(stays, old, new), x, state.position)
+    return position, jnp.where(stays, 0.0, acceptance)
 
 
-def _fixed(kernel, tuning, logdensity_fn, t):
-    return kernel(logdensity_fn, t)
+def _fixed(kernel, tuning: Any, density, t):
+    return kernel(density, t)
 
 
 def _retune(target, log_step_size, acceptance):
@@ -149,9 +170,9 @@ def _retune(target, log_step_size, acceptance):
     return log_step_size + jnp.where(jnp.isnan(change), 0.0, change).astype(log_step_size.dtype)
 
 
-def _mala(scale, log_step_size, logdensity_fn, t):
-    path, schedule = scale.path, scale.path.schedule
+def _mala(settings, log_step_size, density, t):
+    path, schedule = settings.path, settings.path.schedule
     total = jnp.sum(path.exponents_at(t)).astype(t.dtype) if isinstance(path, Composition) else 1.0
-    variance = (schedule.alpha(t) * scale.width) ** 2 + schedule.sigma(t) ** 2 / total
+    variance = (schedule.alpha(t) * settings.width) ** 2 + schedule.sigma(t) ** 2 / total
     share = jnp.exp(log_step_size) * math.prod(path.event_shape) ** (-1 / 3)
-    return blackjax.mala(logdensity_fn, share * variance)
+    return mala(density, share * variance, accept=settings.accept)

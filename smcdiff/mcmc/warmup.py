@@ -1,0 +1,286 @@
+"""Warm-up: a step size, and an estimate of the covariance, from pilot steps that are thrown away.
+
+The step size e is found by dual averaging: with H_t = target - acceptance rate in step t, log e follows the running sum
+of H and is averaged with weights t^-0.75. The inverse mass matrix is the covariance of the chains' positions in windows
+of doubling length, shrunk a little, as in Stan. Both are BlackJAX's; what is added is that chains are pooled: all share
+one step size, which is moved by their mean acceptance rate, and one covariance. After the warm-up the settings are
+numbers, and the chain that uses them is a Markov chain. Its acceptance rate is the one that was wanted for MALA; for
+HMC, whose rate falls ever faster as the step grows, it is a few percent higher, as is usual with dual averaging.
+
+Everything works for any kernel whose info has an ``acceptance_rate``, in particular for those that accept by scores.
+One program does the whole warm-up; targets and other arrays are its arguments.
+
+Sources: Hoffman and Gelman, "The No-U-Turn Sampler", arXiv 1111.4246 (dual averaging); Carpenter et al., "Stan: a
+probabilistic programming language", J. Stat. Softw. 76 (2017) (windows).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from blackjax.adaptation.mass_matrix import (
+    MassMatrixAdaptationState,
+    WelfordAlgorithmState,
+    mass_matrix_adaptation,
+)
+from blackjax.adaptation.step_size import dual_averaging_adaptation
+from blackjax.adaptation.window_adaptation import build_schedule
+from blackjax.base import SamplingAlgorithm
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from smcdiff.checks import check_count, check_positive
+from smcdiff.density import as_pytree
+
+__all__ = ["WarmUp", "adapt_step_size", "window_adaptation"]
+
+
+class WarmUp(NamedTuple):
+    """What a warm-up found.
+
+    Attributes
+    ----------
+    settings
+        Arguments of the kernel: ``step_size``, a scalar, and for `window_adaptation` ``inverse_mass_matrix``.
+    positions
+        Where the chains are now, with the leading axis (num_chains,).
+    acceptance_rates
+        Mean over the chains in every step, shape (num_steps,).
+    step_sizes
+        Which was used in every step, shape (num_steps,).
+    """
+
+    settings: dict[str, Array | None]
+    positions: PyTree
+    acceptance_rates: Float[Array, " steps"]
+    step_sizes: Float[Array, " steps"]
+
+
+def adapt_step_size(
+    rng_key: PRNGKeyArray,
+    build: Callable[[Float[Array, ""]], SamplingAlgorithm],
+    positions: PyTree,
+    num_steps: int,
+    *,
+    target_acceptance: float = 0.8,
+    initial_step_size: float = 0.1,
+) -> WarmUp:
+    """The step size at which a kernel accepts at a given rate, by dual averaging over a batch of chains.
+
+    Parameters
+    ----------
+    build
+        ``build(step_size)`` returns the kernel, whose state must not depend on the step size. As a
+        `jax.tree_util.Partial` of a module-level function it is compiled once for all targets of a shape.
+    positions
+        Starting positions, a pytree with the leading axis (num_chains,).
+    num_steps
+        Pilot steps of every chain.
+    target_acceptance
+        Mean acceptance rate that is wanted, in (0, 1): about 0.57 for MALA, 0.65 to 0.9 for HMC.
+    initial_step_size
+        Positive. From a value that is too large by far, nothing is learnt in the first steps.
+
+    Returns
+    -------
+    WarmUp
+
+    Raises
+    ------
+    TypeError
+        If the kernel's info has no ``acceptance_rate``.
+    ValueError
+        If a number is out of range.
+
+    Source: Hoffman and Gelman, arXiv 1111.4246, section 3.2.
+    """
+    start = _checked(num_steps, target_acceptance, initial_step_size)
+    stages = jnp.zeros((num_steps, 2), jnp.int32)
+    found = _warm_up(rng_key, Partial(_ignore_metric, as_pytree(build)), positions, stages, start, None)
+    return found._replace(settings={"step_size": found.settings["step_size"]})
+
+
+def window_adaptation(
+    rng_key: PRNGKeyArray,
+    target: Any,
+    algorithm: Callable[..., SamplingAlgorithm],
+    positions: PyTree,
+    num_steps: int,
+    *,
+    target_acceptance: float = 0.8,
+    initial_step_size: float = 1.0,
+    is_mass_matrix_diagonal: bool = True,
+    **options: Any,
+) -> WarmUp:
+    """Step size and inverse mass matrix in Stan's windows, over a batch of chains.
+
+    Parameters
+    ----------
+    target
+        What ``algorithm`` takes for a target; for BlackJAX's kernels a log density function.
+    algorithm
+        ``algorithm(target, step_size=..., inverse_mass_matrix=..., **options)`` returns the kernel: `smcdiff.mcmc.hmc`,
+        `smcdiff.mcmc.mala`, ``blackjax.nuts`` and their like.
+    positions
+        Starting positions, a pytree with the leading axis (num_chains,).
+    num_steps
+        Pilot steps of every chain; below 20 only the step size is adapted.
+    target_acceptance
+        Mean acceptance rate that is wanted, in (0, 1).
+    initial_step_size
+        Positive.
+    is_mass_matrix_diagonal
+        Variances (d,) if true, else a covariance (d, d), over the flattened sample.
+    **options
+        Further arguments of ``algorithm``, for instance ``num_integration_steps``.
+
+    Returns
+    -------
+    WarmUp, for ``algorithm(target, **settings, **options)``.
+
+    Raises
+    ------
+    TypeError
+        If the kernel's info has no ``acceptance_rate``.
+    ValueError
+        If a number is out of range.
+
+    Source: Carpenter et al., "Stan: a probabilistic programming language" (2017).
+    """
+    start = _checked(num_steps, target_acceptance, initial_step_size)
+    arrays, static = eqx.partition(options, eqx.is_array)
+    build = _Build(as_pytree(target), as_pytree(algorithm), arrays, tuple(sorted(static.items())))
+    with jax.numpy_dtype_promotion("standard"):  # of its pairs of a number and a truth value
+        stages = jnp.asarray(build_schedule(num_steps), jnp.int32)
+    return _warm_up(rng_key, build, positions, stages, start, is_mass_matrix_diagonal)
+
+
+class _Build(eqx.Module):
+    """The kernel of `window_adaptation` at given settings."""
+
+    target: Any
+    algorithm: Callable
+    arrays: dict[str, Array]
+    static: tuple = eqx.field(static=True)
+
+    def __call__(self, step_size, inverse_mass_matrix):
+        options = eqx.combine(self.arrays, dict(self.static))
+        return self.algorithm(
+            self.target, step_size=step_size, inverse_mass_matrix=inverse_mass_matrix, **options
+        )
+
+
+def _ignore_metric(build, step_size, inverse_mass_matrix):
+    return build(step_size)
+
+
+def _checked(num_steps, target_acceptance, initial_step_size):
+    """The rate that is wanted and the first step size, as arrays."""
+    check_count("num_steps", num_steps)
+    check_positive("initial_step_size", initial_step_size)
+    if not 0.0 < target_acceptance < 1.0:
+        raise ValueError(f"target_acceptance must lie between 0 and 1, got {target_acceptance}.")
+    return jnp.asarray([target_acceptance, initial_step_size], jnp.result_type(float))
+
+
+class _Pool(NamedTuple):
+    """Moments of all positions since the window began."""
+
+    size: Float[Array, ""]
+    mean: Float[Array, " d"]
+    squares: Float[Array, " d"] | Float[Array, "d d"]  # summed, about the mean
+
+
+@eqx.filter_jit
+def _warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
+    """The warm-up; a row of ``stages`` tells whether a step counts for the covariance, and whether it ends a window."""
+    target_acceptance, step_size = wanted
+    start, update, final = _dual_averaging(target_acceptance)
+    x = jax.vmap(lambda position: ravel_pytree(position)[0])(positions)
+    num_chains, size = x.shape
+    metric = None
+    if is_diagonal is not None:
+        metric = jnp.ones(size, x.dtype) if is_diagonal else jnp.eye(size, dtype=x.dtype)
+    key_init, key_steps = jax.random.split(rng_key)
+    states = jax.vmap(build(step_size, metric).init)(positions, jax.random.split(key_init, num_chains))
+
+    def one_step(carry, inputs):
+        states, averaging, metric, pool = carry
+        k, (is_slow, is_end) = inputs
+        step_size = jnp.exp(averaging.log_step_size)
+        keys = jax.random.split(jax.random.fold_in(key_steps, k), num_chains)
+        states, info = jax.vmap(build(step_size, metric).step)(keys, states)
+        rate = jnp.mean(_acceptance_rate(info).astype(step_size.dtype))
+        averaging = update(averaging, rate)
+        if metric is not None:
+            x = jax.vmap(lambda position: ravel_pytree(position)[0])(states.position)
+            new = _add(pool, x)
+            pool = jax.tree.map(lambda a, b: jnp.where(is_slow == 1, a, b), new, pool)
+            ended = (start(final(averaging)), _covariance(pool, metric), _empty(metric))
+            averaging, metric, pool = jax.tree.map(
+                lambda a, b: jnp.where(is_end == 1, a, b), ended, (averaging, metric, pool)
+            )
+        return (states, averaging, metric, pool), (rate, step_size)
+
+    carry = (states, start(step_size), metric, None if metric is None else _empty(metric))
+    inputs = (jnp.arange(len(stages)), (stages[:, 0], stages[:, 1]))
+    (states, averaging, metric, _), (rates, step_sizes) = jax.lax.scan(one_step, carry, inputs)
+    return WarmUp(
+        {"step_size": final(averaging), "inverse_mass_matrix": metric}, states.position, rates, step_sizes
+    )
+
+
+def _acceptance_rate(info):
+    """The acceptance rates of the chains, 0 where they are no number."""
+    rate = getattr(info, "acceptance_rate", None)
+    if rate is None:
+        raise TypeError(
+            f"a warm-up needs a kernel whose info has an acceptance_rate, got {type(info).__name__}."
+        )
+    return jnp.where(jnp.isfinite(rate), rate, 0.0)
+
+
+def _dual_averaging(target_acceptance):
+    """BlackJAX's dual averaging, with a state whose dtypes do not change on the way."""
+    start, update, final = dual_averaging_adaptation(target_acceptance)
+
+    def strict(function):
+        def call(*arguments):
+            with jax.numpy_dtype_promotion("standard"):
+                state = function(*arguments)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf, arguments[-1].dtype), state)
+
+        return call
+
+    return strict(start), strict(update), final
+
+
+def _empty(metric):
+    return _Pool(
+        jnp.zeros((), metric.dtype), jnp.zeros(metric.shape[0], metric.dtype), jnp.zeros_like(metric)
+    )
+
+
+def _add(pool, x):
+    """A pool with the rows of ``x`` (n, d) added, by the update of Chan, Golub and LeVeque."""
+    num = x.shape[0]
+    count = pool.size + num
+    mean = jnp.mean(x, axis=0)
+    centred, shift = x - mean[None], mean - pool.mean
+    share = pool.size * num / count
+    if pool.squares.ndim == 1:
+        squares = pool.squares + jnp.sum(centred**2, axis=0) + share * shift**2
+    else:
+        squares = pool.squares + centred.T @ centred + share * jnp.outer(shift, shift)
+    return _Pool(count, pool.mean + shift * (num / count), squares)
+
+
+def _covariance(pool, metric):
+    """BlackJAX's (Stan's) estimate of the covariance from a window."""
+    _, _, final = mass_matrix_adaptation(metric.ndim == 1)
+    welford = WelfordAlgorithmState(pool.mean, pool.squares, pool.size)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return final(MassMatrixAdaptationState(metric, welford)).inverse_mass_matrix.astype(metric.dtype)
