@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from smcdiff.checkpoints.progress import RunFolder, fingerprint
 from smcdiff.checks import check_count
 
-__all__ = ["Trace", "keep_position", "run"]
+__all__ = ["Trace", "keep_position", "run", "to_host"]
 
 _CHUNKS = 10  # of a run, unless the caller says how long they are: enough for a bar
 
@@ -146,9 +146,9 @@ def run(
     ) as bar:
 
         def collect(chunk, state):
-            chunks[chunk] = jax.tree.map(_to_host, chunks[chunk])
+            chunks[chunk] = jax.tree.map(to_host, chunks[chunk])
             if checkpoint is not None:
-                folder.save(chunk, jax.tree.map(_to_host, state), chunks[chunk])
+                folder.save(chunk, jax.tree.map(to_host, state), chunks[chunk])
             bar.update(counts[chunk] * thin)
 
         waiting = None
@@ -196,8 +196,8 @@ def _check_start(state):
             )
 
 
-def _to_host(leaf):
-    """The whole array, also where parts of it lie on other hosts."""
+def to_host(leaf: Any) -> Any:
+    """The whole array, as NumPy's, also where parts of it lie on other hosts; random keys stay as they are."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         return leaf if _is_random_key(leaf) else np.asarray(leaf)
     return multihost_utils.process_allgather(leaf, tiled=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from smcdiff.run import run
+from smcdiff.run import run, to_host
 from smcdiff.smc.feynman_kac import FeynmanKac, SMCInfo, SMCState, smc
 from smcdiff.smc.genealogy import ancestor_lines, common_ancestor_step, families, unique_ancestors
 from smcdiff.smc.resampling import ResamplingFn, resample_from_log_weights, systematic
@@ -252,7 +252,7 @@ def run_smc(
         sharding=sharding,
         progress=progress,
     )
-    final: SMCState = jax.tree.map(np.asarray, trace.state)
+    final: SMCState = jax.tree.map(to_host, trace.state)
     result = SMCResult(final.particles, final.log_weights, final.log_evidence, trace.info, trace.samples)
     if not result.is_valid:
         warnings.warn(_what_is_wrong(result), RuntimeWarning, stacklevel=2)
