@@ -216,7 +216,7 @@ def require(target, capability, who: str, advice: str = "") -> None:
     if not isinstance(target, capability):
         message = "; ".join(part for part in (_ADVICE[capability], advice) if part)
         raise TypeError(
-            f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}: {message}."
+            f"{who} needs a target with the capability {capability.__name__}, got {type(target).__name__}; {message}."
         )
 
 

@@ -18,7 +18,7 @@ from smcdiff import guidance, schedules
 # Third-party samplers and NumPy's double precision inside: strict promotion is the library's rule, not the benchmarks'.
 pytestmark = pytest.mark.lenient_promotion
 
-MINE = ("annealing", "digits", "evidence", "gmm25", "ring_bar")
+MINE = ("annealing", "digits", "evidence", "gmm25")
 FIELDS = {
     "benchmark",
     "title",

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 import smcdiff
 from smcdiff import compose, schedules
 from smcdiff.compose.tails import least_tail
+from smcdiff.compose.weighted import ComposedScore
 from smcdiff.density import DiffusionModel, HasLogDensity, warn_unless_diffusion
 
 SCHEDULE = schedules.cosine()
@@ -227,3 +228,18 @@ def test_tails_of_mixtures_with_several_widths():
     expected = min(1.4 / 2.0 - 0.4 / 3.0, 1.4 / 4.0 - 0.4 / 2.0)
     np.testing.assert_allclose(least_tail([a, b], np.array([1.4, -0.4])), expected, rtol=1e-5)
     assert least_tail([a, object()], np.array([1.0, -9.0])) == np.inf
+
+
+def test_log_ratios_from_densities_and_from_scores_agree():
+    """Four Gauss-Legendre nodes along a short line: an error of some 1e-5."""
+    first = smcdiff.GaussianMixtureDiffusion.create(
+        [0.3, 0.7], [[-1.0, 0.5], [1.0, -0.2]], 0.5, schedules.cosine()
+    )
+    density = compose.guide(first, first**0.5, 1.5).at(jnp.asarray(0.4))
+    x, y = jnp.asarray([0.2, -0.1]), jnp.asarray([-0.3, 0.3])
+    from_scores = ComposedScore(density.path, density.t).log_ratio(x, y)
+    np.testing.assert_allclose(
+        density.log_ratio(x, y), density.logdensity(y) - density.logdensity(x), rtol=1e-5
+    )
+    np.testing.assert_allclose(from_scores, density.log_ratio(x, y), atol=1e-3)
+    assert abs(float(density.log_ratio(x, y))) > 0.05

@@ -22,6 +22,9 @@ from smcdiff.mcmc.log_concave_chain import _Measurement, _MeasurementDensity, lo
 from smcdiff.mcmc.restart import denoise_along, restart
 from smcdiff.mcmc.walk_jump import walk_jump
 
+# Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
+pytestmark = pytest.mark.slow
+
 SCHEDULE = schedules.cosine(-7.0)
 WEIGHTS = np.array([0.5, 0.2, 0.3])
 N = 4000

@@ -23,6 +23,9 @@ from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice, to_polar
 from smcdiff.mcmc.slice_1d import SliceState, shrink, step_out
 
+# Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
+pytestmark = pytest.mark.slow
+
 Z = 5.0
 SIZE = 3000
 

@@ -18,6 +18,9 @@ from smcdiff import inverse, schedules
 from smcdiff.mcmc.daps import daps
 from smcdiff.mcmc.split_gibbs import _condition, split_gibbs
 
+# Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
+pytestmark = pytest.mark.slow
+
 SCHEDULE = schedules.cosine(-7.0)
 MATRIX = np.array([[1.0, -0.5, 0.3], [0.2, 0.8, -1.1]])
 NOISE = np.array([0.3, 0.5])

@@ -21,6 +21,9 @@ from smcdiff.mcmc.langevin import mala
 from smcdiff.mcmc.levels import equal_rejection_levels, tempered, tune_levels
 from smcdiff.mcmc.tempering import parallel_tempering
 
+# Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
+pytestmark = pytest.mark.slow
+
 Z = 5.0
 MEANS, DEVIATIONS, WEIGHTS = np.array([-7.0, 9.0]), np.array([0.5, 1.0]), np.array([0.25, 0.75])
 WIDTH = 12.0  # of the reference

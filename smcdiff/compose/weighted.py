@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from smcdiff.compose.operators import Composable
 from smcdiff.compose.tails import least_tail
 from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, as_pytree, require
+from smcdiff.line_integral import line_integral
 
 __all__ = ["Composition", "Exponent", "Reward", "affine", "check_parts", "compose"]
 
@@ -131,6 +132,10 @@ class ComposedScore(eqx.Module):
         """Score at one sample ``x``."""
         return self.path.score(x, self.t)
 
+    def log_ratio(self, x_from: Float[Array, "*event"], x_to: Float[Array, "*event"]) -> Float[Array, ""]:
+        """log pi_t(x_to) - log pi_t(x_from) by a line integral of the score; see `smcdiff.line_integral`."""
+        return line_integral(self.score, x_from, x_to)
+
 
 class ComposedDensity(eqx.Module):
     """A composition at one time, known up to a constant.
@@ -154,6 +159,10 @@ class ComposedDensity(eqx.Module):
         """sum_i w_i log p_t^i(x) + R(x, t) at one sample ``x``, without a normalising constant."""
         exponents = self.path.exponents_at(self.t).astype(x.dtype)
         return exponents @ self.path.logdensities(x, self.t) + self.path.reward(x, self.t)
+
+    def log_ratio(self, x_from: Float[Array, "*event"], x_to: Float[Array, "*event"]) -> Float[Array, ""]:
+        """log pi_t(x_to) - log pi_t(x_from)."""
+        return self.logdensity(x_to) - self.logdensity(x_from)
 
 
 def compose(

@@ -246,7 +246,7 @@ def _moves(annealed, rng_key, x, k, step_size, num_moves):
     return state.position, rate
 
 
-@functools.partial(jax.jit, static_argnames=("num_particles", "num_rounds"))
+@eqx.filter_jit  # a kernel may hold strings
 def _tune(rng_key, annealed, target, num_particles, num_rounds):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(num_particles))
     cloud = jax.vmap(lambda key: _init(annealed, key)[0])(keys)
