@@ -24,7 +24,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from smcdiff.density import HasLogDensity, LogDensity, as_pytree, as_target
-from smcdiff.mcmc.combinators import PositionState, restart
+from smcdiff.mcmc.combinators import PositionState, step_from
 
 __all__ = ["Conditional", "ConditionalDensity", "GibbsInfo", "exact_draw", "gibbs"]
 
@@ -189,7 +189,7 @@ def _step(kernel, rng_key, state):
     for index, (names, builder) in enumerate(zip(kernel.names, kernel.builders, strict=True)):
         rest = {name: entry for name, entry in position.items() if name not in _flat(names)}
         algorithm = builder(kind(kernel.joint, rest, names))
-        block, info, rate = restart(algorithm, jax.random.fold_in(rng_key, index), select(position, names))
+        block, info, rate = step_from(algorithm, jax.random.fold_in(rng_key, index), select(position, names))
         position = {**rest, **({names: block} if isinstance(names, str) else block)}
         parts.append(info)
         rates.append(rate)

@@ -130,7 +130,7 @@ def cycle(algorithms: Sequence[SamplingAlgorithm]) -> SamplingAlgorithm:
     return _algorithm(_cycle_step, _checked("cycle", algorithms))
 
 
-def restart(
+def step_from(
     algorithm: SamplingAlgorithm, rng_key: PRNGKeyArray, position: PyTree
 ) -> tuple[PyTree, Any, Float[Array, ""]]:
     """One step of an algorithm from a position: the new position, its info and its acceptance rate (1 if unknown)."""
@@ -164,7 +164,7 @@ def _mixture_step(kernel, rng_key, state):
 
     def branch(algorithm):
         def move(key, position):
-            position, _, rate = restart(algorithm, key, position)
+            position, _, rate = step_from(algorithm, key, position)
             return position, rate
 
         return move
@@ -177,7 +177,7 @@ def _mixture_step(kernel, rng_key, state):
 def _cycle_step(algorithms, rng_key, state):
     position, parts, rates = state.position, [], []
     for index, algorithm in enumerate(algorithms):
-        position, info, rate = restart(algorithm, jax.random.fold_in(rng_key, index), position)
+        position, info, rate = step_from(algorithm, jax.random.fold_in(rng_key, index), position)
         parts.append(info)
         rates.append(rate)
     return PositionState(position), CycleInfo(jnp.mean(jnp.stack(rates)), tuple(parts))
