@@ -77,9 +77,9 @@ METRICS = ("ll", "upper", "w2")
 def add_arguments(parser):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--levels", type=int, default=200)
+    parser.add_argument("--levels", type=int, default=100)
     parser.add_argument("--floor-pairs", type=int, default=20)
-    parser.add_argument("--sigma-max", type=float, default=3.0)
+    parser.add_argument("--sigma-max", type=float, default=1.5)
     parser.add_argument("--sigma-min", type=float, default=0.005)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
 
