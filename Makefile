@@ -35,7 +35,7 @@ demo: $(VENV)/.installed  ## a posterior of an inpainted digit by twisted SMC, w
 	@ls -1 $(DEMO_OUT)/report.* | sed 's/^/report: /'
 
 # What a test compiles it runs for milliseconds, so the compiler may leave out its optimisations, which take longer.
-# `make test XLA_FLAGS=` compiles as users do; the CI runs the tests both ways.
+# `make test XLA_FLAGS=` compiles as users do, and so do the slow tests.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed  ## the tests that take minutes in all
 	$(PYTEST) -m "not slow"

@@ -44,7 +44,7 @@ from scipy.spatial.distance import cdist
 
 import smcdiff
 from benchmarks.common import bar, format_table, total_variation
-from smcdiff import compose, schedules
+from smcdiff import compose, schedules, targets
 from smcdiff.run import run as run_algorithm
 from smcdiff.smc import FeynmanKac, fkc, mala_moves, smc
 from smcdiff.smc.drift import fit_drift
@@ -138,9 +138,8 @@ def run(args) -> dict:
 
 
 def mode_means() -> np.ndarray:
-    """The 40 means (40, 2) in the original coordinates: 24 bits each of the Mersenne Twister with seed 0."""
-    words = np.random.RandomState(0).randint(0, 2**32, (40, 2), np.uint32)
-    return ((words & 0xFFFFFF) / 2**24 - 0.5) * 80.0
+    """The 40 means (40, 2) in the original coordinates."""
+    return targets.random_means(40, 2, 80.0, seed=0)
 
 
 def exact_cube() -> tuple[smcdiff.GaussianMixture, float]:

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import smcdiff
 from benchmarks.annealing import mode_means, nearest_mean
 from benchmarks.common import Clock, bar, format_table, total_variation
+from smcdiff import targets
 from smcdiff.mcmc import hmc, mala
 from smcdiff.mcmc.diffusive_gibbs import diffusive_gibbs
 from smcdiff.run import run as run_algorithm
@@ -86,7 +86,7 @@ def run(args) -> dict:
     if args.quick:
         args.repetitions, args.variants = 2, [MAIN, "mala"]
         variants = {name: VARIANTS[name]._replace(num_steps=5, num_samples=20) for name in args.variants}
-    target = smcdiff.GaussianMixture.create(np.ones(40), mode_means(), WIDTH**2)
+    target = targets.forty_modes(side=80.0, std=WIDTH)
     key_chains, key_cells, *keys = jax.random.split(jax.random.key(args.seed), 2 + args.repetitions)
     cells = np.bincount(nearest_mean(np.asarray(target.sample(key_cells, 10**6))), minlength=40) / 10**6
     references = [np.asarray(target.sample(key, REFERENCE), float) for key in keys]

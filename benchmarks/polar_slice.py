@@ -36,6 +36,7 @@ from scipy import stats
 
 from benchmarks.common import bar, format_table
 from benchmarks.timing import in_turns, spread
+from smcdiff import targets
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice
 from smcdiff.run import run as run_chains
@@ -97,10 +98,6 @@ def log_radial_cauchy(radius):
 
 def log_disk(x):
     return -(jnp.sum(x) ** 2) - jnp.sum(x**2)
-
-
-def log_funnel(x):
-    return -0.5 * (x[0] ** 2 / 9 + jnp.sum(x[1:] ** 2) * jnp.exp(-x[0]) + (FUNNEL_D - 1) * x[0])
 
 
 def log_regression(features, labels, x):
@@ -292,9 +289,10 @@ def disk(args):
 def funnel(args):
     start = draw_funnel(np.random.default_rng(0), args.funnel_chains)
     exact = 3 * stats.norm.ppf(1 - TAIL)
+    target = targets.funnel(FUNNEL_D, 9.0)
     samplers = {
-        "polar slice": polar_slice(log_funnel, 5.0),
-        "hit-and-run slice": hit_and_run_slice(log_funnel, 5.0),
+        "polar slice": polar_slice(target, 5.0),
+        "hit-and-run slice": hit_and_run_slice(target, 5.0),
     }
     rows, summary = [], []
     for name, algorithm in samplers.items():

@@ -3,13 +3,14 @@
 A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
 """
 
-from smcdiff import analytic, compose, guidance, inverse, mcmc, nets, schedules, smc
+from smcdiff import analytic, compose, estimators, guidance, inverse, mcmc, nets, schedules, smc, targets
 from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
 from smcdiff.checkpoints import held_out, load, models
 from smcdiff.diffusion import Diffusion, Marginal
 from smcdiff.inverse import InverseProblem
 from smcdiff.mixture import GaussianMixture
 from smcdiff.posterior import posterior
+from smcdiff.rdmc import rdmc, rdmc_path, slips
 from smcdiff.reverse import reverse_sample, reverse_transition
 from smcdiff.run import Trace, run
 from smcdiff.schedules import log_snr_times
@@ -44,6 +45,7 @@ __all__ = [
     "annealed_mcmc",
     "bootstrap",
     "compose",
+    "estimators",
     "fk_steering",
     "fkc",
     "guidance",
@@ -58,13 +60,17 @@ __all__ = [
     "particle_gibbs",
     "particle_marginal_mh",
     "posterior",
+    "rdmc",
+    "rdmc_path",
     "reverse_sample",
     "reverse_transition",
     "run",
     "run_smc",
     "schedules",
+    "slips",
     "smc",
     "svdd",
+    "targets",
     "tds",
     "to_arviz",
 ]

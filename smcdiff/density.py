@@ -65,6 +65,13 @@ class HasLogRatio(Protocol):
 
 
 @runtime_checkable
+class _HasBoth(Protocol):
+    """A target whose log density and score are cheaper together."""
+
+    def logdensity_and_score(self, x: PyTree) -> tuple[Float[Array, ""], PyTree]: ...
+
+
+@runtime_checkable
 class DensityPath(Protocol):
     """A path of densities p_t, t from 0 (data) to 1 (noise)."""
 
@@ -147,6 +154,10 @@ class LogDensity(eqx.Module):
         """Gradient of the log density at one sample ``x``."""
         return jax.grad(self.function)(x)
 
+    def logdensity_and_score(self, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        """Both, from one evaluation."""
+        return jax.value_and_grad(self.function)(x)
+
     def log_ratio(self, x_from: PyTree, x_to: PyTree) -> Float[Array, ""]:
         """log p(x_to) - log p(x_from)."""
         return self.function(x_to) - self.function(x_from)
@@ -184,9 +195,9 @@ def as_pytree(value: Any) -> Any:
 
 
 def logdensity_and_score(target: Any, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
-    """Log density and score at one sample, for a target that has both; together, where that saves an evaluation."""
-    if isinstance(target, LogDensity):
-        return jax.value_and_grad(target.function)(x)
+    """Log density and score at one sample, for a target that has both; together, where the target knows how."""
+    if isinstance(target, _HasBoth):
+        return target.logdensity_and_score(x)
     return target.logdensity(x), target.score(x)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "check_times",
     "cosine",
     "edm",
+    "foellmer",
     "karras_times",
     "log_snr_times",
     "ou",
@@ -168,6 +169,20 @@ class _EDM(Schedule):
         return jnp.exp(-jnp.asarray(log_snr)) / self.sigma_max
 
 
+class _Foellmer(Schedule):
+    scale: Scalar
+    end: Scalar
+
+    def alpha(self, t):
+        return 1.0 - self.end * jnp.asarray(t)
+
+    def sigma(self, t):
+        return self.scale * jnp.sqrt(self.end * t * self.alpha(t))
+
+    def time_from_log_snr(self, log_snr):
+        return jax.nn.sigmoid(-2.0 * (jnp.asarray(log_snr) + jnp.log(self.scale))) / self.end
+
+
 class _RectifiedFlow(Schedule):
     def alpha(self, t):
         return 1.0 - jnp.asarray(t)
@@ -241,6 +256,26 @@ def edm(sigma_max: Scalar = 80.0) -> Schedule:
     """
     _require_ordered("zero", 0.0, "sigma_max", sigma_max, strict=True)
     return _EDM(sigma_max)
+
+
+def foellmer(scale: Scalar = 1.0, log_snr_min: float = -6.0) -> Schedule:
+    """Brownian bridge from the data to the origin: its reversal is the Foellmer process, a Brownian motion with drift.
+
+    alpha = 1 - u and sigma = scale sqrt(u (1 - u)), for u = c t with c just below 1.
+
+    Parameters
+    ----------
+    scale
+        Deviation of the Brownian motion after unit time, in data units, positive; about that of the data.
+    log_snr_min
+        log(alpha/sigma) at t = 1; finite, since nothing is left of the data at u = 1.
+
+    Source: Huang, Jiao et al., "Schrodinger-Follmer Sampler", arXiv 2106.10880.
+    """
+    _require_ordered("zero", 0.0, "scale", scale, strict=True)
+    if not np.isfinite(log_snr_min):
+        raise ValueError(f"log_snr_min must be finite, got {log_snr_min}; use for instance -6.")
+    return _Foellmer(scale, 1.0 / (1.0 + scale**2 * np.exp(2.0 * log_snr_min)))
 
 
 def rectified_flow() -> Schedule:

@@ -9,6 +9,7 @@ from smcdiff.schedules import (
     check_times,
     cosine,
     edm,
+    foellmer,
     karras_times,
     log_snr_times,
     ou,
@@ -30,6 +31,7 @@ def _vp_forms(low, high):
 
 
 _ANGLE = np.arctan(np.exp(9.0))
+_BRIDGE_END = 1 / (1 + 1.7**2 * np.exp(-8.0))
 _VE_LOG_RATIO = np.log(50.0 / 0.01)
 
 # name: schedule, preserves variance, and the closed forms of alpha, sigma, f and g^2.
@@ -52,6 +54,14 @@ SCHEDULES = {
         lambda t: np.sqrt(0.01**2 * ((50.0 / 0.01) ** (2 * t) - 1)),
         np.zeros_like,
         lambda t: 0.01**2 * 2 * _VE_LOG_RATIO * (50.0 / 0.01) ** (2 * t),
+    ),
+    "foellmer": (
+        lambda: foellmer(1.7, -4.0),
+        False,
+        lambda t: 1 - _BRIDGE_END * t,
+        lambda t: 1.7 * np.sqrt(_BRIDGE_END * t * (1 - _BRIDGE_END * t)),
+        lambda t: -_BRIDGE_END / (1 - _BRIDGE_END * t),
+        lambda t: np.full_like(t, 1.7**2 * _BRIDGE_END),
     ),
     "edm": (
         lambda: edm(),

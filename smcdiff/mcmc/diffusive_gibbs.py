@@ -24,6 +24,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PyTree
 
 from smcdiff.checks import check_count, check_positive
+from smcdiff.denoising_posterior import DenoisingPosterior
 from smcdiff.density import HasLogDensity, HasScore, as_target, logdensity_and_score, require
 from smcdiff.mcmc.hamiltonian import HamiltonianState
 from smcdiff.mcmc.langevin import mala
@@ -79,29 +80,6 @@ class _Kernel(eqx.Module):
     sigma: Float[Array, " T"]
     step_size: Float[Array, " T"]
     num_mala_steps: int = eqx.field(static=True)
-
-
-class _Denoising(eqx.Module):
-    """The density pi(x) N(xt; alpha x, sigma^2 I) for one noisy sample xt."""
-
-    target: Any
-    noisy: Float[Array, " d"]
-    alpha: Float[Array, ""]
-    sigma: Float[Array, ""]
-
-    def logdensity(self, x):
-        return self.target.logdensity(x) + self.log_noise(x)
-
-    def score(self, x):
-        return jax.tree.map(jnp.add, self.target.score(x), self.noise_score(x))
-
-    def log_noise(self, x):
-        flat, _ = ravel_pytree(x)
-        return -0.5 * jnp.sum(((self.noisy - self.alpha * flat) / self.sigma) ** 2)
-
-    def noise_score(self, x):
-        flat, unravel = ravel_pytree(x)
-        return unravel(self.alpha * (self.noisy - self.alpha * flat) / self.sigma**2)
 
 
 def diffusive_gibbs(
@@ -199,7 +177,7 @@ def _sweep(kernel, state, level):
     is_accepted = jax.random.uniform(key_accept, (), x.dtype) < jump_probability
     state = _choose(is_accepted, proposed, state)
 
-    denoising = _Denoising(kernel.target, noisy, alpha, sigma)
+    denoising = DenoisingPosterior(kernel.target, noisy / alpha, sigma / alpha)
     algorithm = mala(denoising, step_size.astype(x.dtype))
     end, infos = jax.lax.scan(
         lambda state, key: algorithm.step(key, state),
@@ -214,7 +192,7 @@ def _sweep(kernel, state, level):
     # The target's own values come back by a subtraction; where nothing is accepted they stay, so that none can drift.
     moved = DiffusiveGibbsState(
         end.position,
-        end.logdensity - denoising.log_noise(end.position),
+        jnp.asarray(end.logdensity) - denoising.log_noise(end.position),
         jax.tree.map(jnp.subtract, end.score, denoising.noise_score(end.position)),
     )
     state = _choose(jnp.any(infos.is_accepted), moved, state)

@@ -33,6 +33,7 @@ from smcdiff.density import HasLogDensity, ScheduledPath, require
 from smcdiff.schedules import check_times
 from smcdiff.smc.corrector import Corrector, draw_start, score_init, score_step, stationary_drift
 from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.reversal import ancestral_step
 
 __all__ = ["fkc"]
 
@@ -163,19 +164,8 @@ def _density_step(corrector, rng_key, x, k):
     probe = jax.random.rademacher(key_probe, x.shape, x.dtype)
     score, curvature = jax.jvp(lambda x: path.score(x, t), (x,), (probe,))
 
-    # Of the noise variance std^2 of x_t, F's mean removes the share ``lost`` of the reference; what is unknown of the
-    # denoised sample, the share ``unknown`` of it on average over directions, widens F.
-    unknown = 1.0 + std**2 * jnp.mean(probe * curvature)
-    unknown = jnp.clip(unknown, _LEAST_SHARE, _GREATEST_SHARE)
-    ratio = schedule.alpha(s) / schedule.alpha(t)
-    kept = schedule.sigma(s) / (ratio * schedule.sigma(t))
-    lost = (1.0 - kept) * (1.0 + kept)
-    width = jnp.sqrt(kept**2 + lost * unknown)
+    # What is unknown of the denoised sample, as a share of its noise, on average over directions.
+    unknown = jnp.clip(1.0 + std**2 * jnp.mean(probe * curvature), _LEAST_SHARE, _GREATEST_SHARE)
     noise = jax.random.normal(key_noise, x.shape, x.dtype)
-    x_s = ratio * (x + std * (lost * std * score + jnp.sqrt(lost) * width * noise))
-
-    # x_t - x_s / ratio in deviations of B, without cancellation.
-    residual = jnp.sqrt(lost) * std * score + width * noise
-    log_kernels = 0.5 * jnp.sum(noise**2 - residual**2) + x.size * jnp.log(ratio * width)
-    increment = path.at(s).logdensity(x_s) - path.at(t).logdensity(x) + log_kernels
-    return x_s, increment
+    x_s, log_kernels = ancestral_step(schedule, x, score, unknown, t, s, noise, std)
+    return x_s, path.at(s).logdensity(x_s) - path.at(t).logdensity(x) + log_kernels

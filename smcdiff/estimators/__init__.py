@@ -1,0 +1,21 @@
+"""Estimators of the score of a noised density, from the bare density alone."""
+
+from smcdiff.estimators.annealed import annealed_importance
+from smcdiff.estimators.chains import ChainsState, chains
+from smcdiff.estimators.ensemble import ensemble
+from smcdiff.estimators.estimator import Estimate, ScoreEstimator
+from smcdiff.estimators.importance import importance
+from smcdiff.estimators.recursive import recursive
+from smcdiff.estimators.rejection import rejection
+
+__all__ = [
+    "ChainsState",
+    "Estimate",
+    "ScoreEstimator",
+    "annealed_importance",
+    "chains",
+    "ensemble",
+    "importance",
+    "recursive",
+    "rejection",
+]

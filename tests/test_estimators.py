@@ -1,0 +1,283 @@
+"""Score estimators against the exact denoising posterior of a mixture, and of a Gaussian.
+
+z-tests allow 5 standard errors, estimated from independent keys: a false failure has a probability of 6e-7 a check
+under normality. Keys are fixed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smcdiff import GaussianMixture, estimators
+from smcdiff.density import as_target
+from smcdiff.estimators import ScoreEstimator
+from smcdiff.mcmc import hmc
+
+Z = 5.0
+REFERENCE = (np.array([0.2, -0.3], np.float32), 2.5)
+MIXTURE = GaussianMixture.create(
+    [0.65, 0.35], [[1.0, -0.8], [-1.2, 0.9]], [[[0.5, 0.2], [0.2, 0.3]], [[0.2, -0.1], [-0.1, 0.6]]]
+)
+LOG_EVIDENCE = 1.3  # of the unnormalised density
+CENTRES = np.array([[0.6, 0.1], [-1.5, 2.0]], np.float32)
+WIDTHS = np.array([0.5, 1.5], np.float32)
+
+
+def _log_density(x):
+    return MIXTURE.logdensity(x) + LOG_EVIDENCE
+
+
+def _hmc(density, step_size):
+    return hmc(density, jnp.sqrt(2.0 * step_size), 2)
+
+
+# Those with many samples, whose bias (of order one over their number) is below the standard error of 64 keys; the last
+# entry is what is left to the bias of an unadjusted inner chain, in deviations of the posterior.
+ROWS = {
+    "importance": (estimators.importance(2000), 0.0),
+    "importance from a reference": (estimators.importance(2000, reference=REFERENCE), 0.0),
+    "importance, target identity": (
+        estimators.importance(2000, identity="target", reference=REFERENCE, antithetic=False),
+        0.0,
+    ),
+    "importance, combined": (estimators.importance(2000, identity="combined"), 0.0),
+    "rejection": (estimators.rejection(2000), 0.0),
+    "rejection from a reference": (
+        estimators.rejection(2000, reference=REFERENCE, identity="combined"),
+        0.0,
+    ),
+    "chains": (estimators.chains(16, 100, num_starts=200), 0.0),
+    "chains of hmc, target identity": (
+        estimators.chains(16, 60, kernel=_hmc, identity="target", num_starts=200, evaluations_per_step=2),
+        0.0,
+    ),
+    "annealed": (estimators.annealed_importance(300, 6), 0.0),
+    "annealed from a reference": (
+        estimators.annealed_importance(300, 6, reference=REFERENCE, identity="combined"),
+        0.0,
+    ),
+    "recursive": (
+        estimators.recursive(estimators.importance(100), num_chains=8, num_steps=40, step_size=0.1),
+        0.1,
+    ),
+    "recursive in two segments": (
+        estimators.recursive(
+            estimators.importance(20), depth=2, segment=0.3, num_chains=4, num_steps=24, step_size=0.3
+        ),
+        0.12,
+    ),
+    "ensemble": (estimators.ensemble(MIXTURE.sample(jax.random.key(9), 40_000)), None),
+}
+
+
+def _estimate(estimator, keys, centre, width):
+    target = as_target(_log_density)
+
+    def one(key):
+        key_init, key = jax.random.split(key)
+        state, first = estimator.init(key_init, target, centre, width)
+        estimate, _ = estimator(key, target, centre, width, state)
+        return estimate._replace(num_evaluations=jnp.asarray(estimate.num_evaluations + first))
+
+    return jax.vmap(one)(keys)
+
+
+_estimates = jax.jit(_estimate)
+
+
+def _exact(centre, width):
+    one = jnp.ones(())
+    posterior = MIXTURE.denoising_posterior(jnp.asarray(centre), one, jnp.asarray(width))
+    log_marginal = MIXTURE.diffuse(one, jnp.asarray(width)).logdensity(jnp.asarray(centre)) + LOG_EVIDENCE
+    return (
+        np.asarray(posterior.mean()),
+        np.trace(np.asarray(posterior.covariance())) / 2,
+        float(log_marginal),
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_denoised_sample_variance_and_draw_are_those_of_the_posterior(name):
+    estimator, bias = ROWS[name]
+    for centre, width in zip(CENTRES, WIDTHS, strict=True):
+        mean, variance, _ = _exact(centre, width)
+        found = _estimates(estimator, jax.random.split(jax.random.key(0), 64), centre, width)
+        assert np.all(found.is_valid) and np.all(np.asarray(found.ess) > 1)
+        if bias is None:  # the same samples for all keys: compare with their own number
+            tolerance = Z * np.sqrt(variance / float(found.ess[0]))
+            assert np.all(np.abs(found.denoised[0] - mean) < tolerance)
+            assert abs(float(found.variance[0]) / variance - 1) < Z * np.sqrt(2 / float(found.ess[0]))
+            continue
+        for values, expected in (
+            (found.denoised, mean),
+            (found.draw, mean),
+            (found.variance[:, None], variance),
+        ):
+            values = np.asarray(values, float)
+            error = values.std(0, ddof=1) / 8
+            slack = bias * (np.sqrt(variance) if np.ndim(expected) else 2 * variance)
+            assert np.all(np.abs(values.mean(0) - expected) < Z * error + slack), (values.mean(0), expected)
+            # The check can see something: the error is small beside what a wrong posterior would give.
+            assert np.all(error < 0.25 * np.sqrt(variance))
+
+
+@pytest.mark.parametrize("name", [name for name, (row, _) in ROWS.items() if row.has_marginal])
+def test_marginal_is_unbiased(name):
+    """With few samples, where the log of the estimate would be off."""
+    few = {
+        "importance": estimators.importance(4),
+        "importance from a reference": estimators.importance(4, reference=REFERENCE, antithetic=False),
+        "annealed": estimators.annealed_importance(2, 3, steps_per_level=2),
+        "annealed from a reference": estimators.annealed_importance(2, 3, reference=REFERENCE),
+        "rejection": estimators.rejection(4),
+        "rejection from a reference": estimators.rejection(4, reference=REFERENCE),
+    }
+    for centre, width in zip(CENTRES, WIDTHS, strict=True):
+        _, _, log_marginal = _exact(centre, width)
+        if name == "ensemble":
+            found = _estimates(ROWS[name][0], jax.random.split(jax.random.key(1), 1), centre, width)
+            # The samples are those of the normalised law; a kernel density estimate with 40 000 of them.
+            ratio = np.exp(float(found.log_marginal[0]) + LOG_EVIDENCE - log_marginal)
+            assert abs(ratio - 1) < Z / np.sqrt(float(found.ess[0]))
+            continue
+        estimator = few.get(name, ROWS[name][0])
+        found = _estimates(estimator, jax.random.split(jax.random.key(1), 4000), centre, width)
+        ratios = np.exp(np.asarray(found.log_marginal, float) - log_marginal)
+        assert abs(ratios.mean() - 1) < Z * ratios.std() / np.sqrt(len(ratios))
+        assert ratios.std() / np.sqrt(len(ratios)) < 0.05
+
+
+def test_combined_identity_is_exact_for_a_diagonal_gaussian():
+    mean, variance = jnp.asarray([0.7, -1.1]), jnp.asarray([0.3, 2.0])
+    target = as_target(lambda x: -0.5 * jnp.sum((x - mean) ** 2 / variance))
+    centre, width = jnp.asarray([1.5, 0.4]), jnp.asarray(0.9)
+    exact = (variance * centre + width**2 * mean) / (variance + width**2)
+    for estimator in (
+        estimators.importance(50, identity="combined"),
+        estimators.rejection(50, identity="combined"),
+        estimators.chains(2, 8, identity="combined"),
+        estimators.annealed_importance(8, 2, identity="combined"),
+    ):
+        state, _ = estimator.init(jax.random.key(0), target, centre, width)
+        found, _ = estimator(jax.random.key(1), target, centre, width, state)
+        np.testing.assert_allclose(found.denoised, exact, atol=2e-5)
+
+
+def test_identities_trade_places_between_low_and_high_noise():
+    """The denoising identity has the variance of q; the target's has r^4 times that of the gradient."""
+    target, keys = as_target(_log_density), jax.random.split(jax.random.key(2), 400)
+    reference = (jnp.zeros(2), 2.0)
+
+    def spread(identity, width):
+        estimator = estimators.importance(40, reference=reference, identity=identity)
+        found = jax.vmap(lambda key: estimator(key, target, jnp.zeros(2), width, None)[0].denoised)(keys)
+        return float(jnp.mean(jnp.var(found, axis=0)))
+
+    low, high = jnp.asarray(0.1), jnp.asarray(30.0)
+    # Modes of deviation .55 or so: the ratios of variances are about (r / tau)^2 = .03, and 3000 and more.
+    assert 0.003 < spread("target", low) / spread("denoising", low) < 0.1
+    assert spread("target", high) / spread("denoising", high) > 1000
+    for width in (low, high):
+        least = min(spread("denoising", width), spread("target", width))
+        assert spread("combined", width) < 1.5 * least
+
+
+def _counted():
+    """A standard normal log density that counts its evaluations, alone or in batches."""
+    calls = []
+
+    def count(x):
+        calls.append(int(np.prod(x.shape[:-1])))
+        return np.asarray(-0.5 * np.sum(x**2, axis=-1), np.float32)
+
+    @jax.custom_jvp
+    def function(x):
+        return jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32), x, vmap_method="expand_dims")
+
+    @function.defjvp
+    def _(primals, tangents):
+        return function(*primals), -jnp.sum(primals[0] * tangents[0])
+
+    return function, calls
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_evaluations_are_counted(name):
+    function, calls = _counted()
+    target, estimator = as_target(function), ROWS[name][0]
+    centre, width = jnp.asarray([0.3, 0.1]), jnp.asarray(0.8)
+    state, first = estimator.init(jax.random.key(0), target, centre, width)
+    estimate, _ = estimator(jax.random.key(1), target, centre, width, state)
+    jax.block_until_ready(estimate.denoised)
+    assert sum(calls) == first + int(estimate.num_evaluations)
+
+
+def test_nothing_accepted_is_flagged():
+    estimator = estimators.rejection(20, log_bound=1e3)
+    target = as_target(_log_density)
+    state, _ = estimator.init(jax.random.key(0), target, jnp.zeros(2), jnp.ones(()))
+    found, bound = estimator(jax.random.key(1), target, jnp.zeros(2), jnp.ones(()), state)
+    assert not found.is_valid and found.ess == 0 and bound == 1e3
+    assert np.all(np.isfinite(found.denoised))  # what importance sampling would say
+
+
+@pytest.mark.parametrize("name", [name for name, (row, _) in ROWS.items() if row.has_marginal][:-1])
+def test_a_density_that_vanishes_at_every_proposal_is_flagged(name):
+    target = as_target(lambda x: jnp.where(x[0] > 1e3, 0.0, -jnp.inf) - 0.5 * jnp.sum(x**2))
+    estimator = ROWS[name][0]
+    state, _ = estimator.init(jax.random.key(0), target, jnp.zeros(2), jnp.ones(()))
+    found, _ = estimator(jax.random.key(1), target, jnp.zeros(2), jnp.ones(()), state)
+    assert not found.is_valid and found.log_marginal == -jnp.inf
+
+
+def test_running_bound_grows_and_accepts_exactly():
+    """The bound is the greatest value seen; a draw of a bounded target is exact once it has been reached."""
+    target, estimator = as_target(_log_density), estimators.rejection(500)
+    state, _ = estimator.init(jax.random.key(0), target, jnp.zeros(2), jnp.ones(()))
+    assert state == -jnp.inf
+    bounds = []
+    for index in range(4):
+        _, state = estimator(jax.random.key(index), target, jnp.zeros(2), jnp.ones(()), state)
+        bounds.append(float(state))
+    assert bounds == sorted(bounds) and np.isfinite(bounds[0])
+
+
+def test_chains_keep_their_place_and_their_step_size():
+    """From a far start and a step size that is 50 times too long, the acceptance rate comes to its target."""
+    target, centre, width = as_target(_log_density), jnp.asarray([0.6, 0.1]), jnp.asarray(0.5)
+    estimator = estimators.chains(8, 80, step_size=25.0)
+    state, _ = estimator.init(jax.random.key(0), target, centre, width)
+    _, new = estimator(jax.random.key(1), target, centre, width, state)
+    assert float(state.log_step_size) < np.log(5.0) and new.positions.shape == (8, 2)
+    assert not np.array_equal(state.positions, new.positions)
+
+
+class _Nothing(ScoreEstimator):
+    has_marginal = False
+
+    def __call__(self, rng_key, target, centre, width, state):
+        raise NotImplementedError
+
+
+def test_bad_input_raises():
+    with pytest.raises(ValueError, match=r"^num_samples must be even"):
+        estimators.importance(3)
+    with pytest.raises(ValueError, match=r"^num_samples must be a positive integer"):
+        estimators.importance(0)
+    with pytest.raises(ValueError, match=r"^identity must be one of"):
+        estimators.importance(4, identity="score")
+    with pytest.raises(ValueError, match=r"^reference must be None or a pair"):
+        estimators.importance(4, reference=3.0)
+    with pytest.raises(ValueError, match=r"^the reference's std must be positive"):
+        estimators.rejection(4, reference=(0.0, -1.0))
+    with pytest.raises(ValueError, match=r"^step_size must be positive"):
+        estimators.chains(step_size=0.0)
+    with pytest.raises(ValueError, match=r"^target_acceptance must lie in"):
+        estimators.annealed_importance(4, target_acceptance=1.5)
+    with pytest.raises(TypeError, match=r"^base must be an estimator"):
+        estimators.recursive(_log_density)
+    with pytest.raises(ValueError, match=r"^depth must be a positive integer"):
+        estimators.recursive(_Nothing(), depth=0)
+    with pytest.raises(ValueError, match=r"^log_weights must have the shape \(3,\)"):
+        estimators.ensemble(np.zeros((3, 2)), np.zeros(2))
