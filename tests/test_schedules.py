@@ -31,7 +31,7 @@ def _vp_forms(low, high):
 
 
 _ANGLE = np.arctan(np.exp(9.0))
-_BRIDGE_END = 1 / (1 + 1.7**2 * np.exp(-8.0))
+_BRIDGE_END = 1 / (1 + 1.7**2 * np.exp(-5.0))
 _VE_LOG_RATIO = np.log(50.0 / 0.01)
 
 # name: schedule, preserves variance, and the closed forms of alpha, sigma, f and g^2.
@@ -56,7 +56,7 @@ SCHEDULES = {
         lambda t: 0.01**2 * 2 * _VE_LOG_RATIO * (50.0 / 0.01) ** (2 * t),
     ),
     "foellmer": (
-        lambda: foellmer(1.7, -4.0),
+        lambda: foellmer(1.7, -2.5),
         False,
         lambda t: 1 - _BRIDGE_END * t,
         lambda t: 1.7 * np.sqrt(_BRIDGE_END * t * (1 - _BRIDGE_END * t)),
