@@ -90,8 +90,8 @@ def run(
     thin
         Keep every ``thin``-th step.
     chunk_size
-        Kept steps per compiled chunk, after which they move off the device; a tenth of the run if omitted. A last
-        chunk that is shorter is a second program to compile.
+        Kept steps per compiled chunk, after which they move off the device; about a tenth of the run if omitted. A
+        last chunk that is shorter is a second program to compile.
     checkpoint
         Folder in which the run is saved after every chunk, and from which it goes on, with the same numbers to the
         last bit, if it was interrupted.
@@ -127,7 +127,7 @@ def run(
         if position is not None:
             _check_start(state)
     num_kept = num_steps // thin
-    chunk_size = chunk_size or math.ceil(num_kept / _CHUNKS)
+    chunk_size = chunk_size or _default_chunk_size(num_kept)
     firsts = range(0, num_kept, chunk_size)
     counts = [min(chunk_size, num_kept - first) for first in firsts]
 
@@ -162,6 +162,14 @@ def run(
             collect(*waiting)
     samples, info = jax.tree.map(lambda *leaves: np.moveaxis(np.concatenate(leaves), 1, 0), *chunks)
     return Trace(samples, info, state)
+
+
+def _default_chunk_size(num_kept):
+    """About a tenth of the run, and such that all chunks are of one length, where a number of chunks allows it."""
+    for num_chunks in (*range(_CHUNKS, 3 * _CHUNKS), *range(_CHUNKS - 1, 1, -1)):
+        if num_kept % num_chunks == 0:
+            return num_kept // num_chunks
+    return math.ceil(num_kept / _CHUNKS)
 
 
 class _Frozen(NamedTuple):
@@ -241,9 +249,13 @@ def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count
 
     def kept_step(state, index):
         start = (first + index) * thin
-        if thin > 1:
-            state = jax.lax.fori_loop(0, thin - 1, lambda j, state: one_step(state, start + j)[0], state)
-        state, info = one_step(state, start + thin - 1)
+        if thin == 1:
+            state, info = one_step(state, start)
+        else:  # the step stands in the program once, whose infos but the last are dropped
+            info = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_step, state, start)[1])
+            state, info = jax.lax.fori_loop(
+                0, thin, lambda j, carry: one_step(carry[0], start + j), (state, info)
+            )
         return state, (jax.vmap(transform)(state, info), info)
 
     return jax.lax.scan(kept_step, _place(state, sharding), jnp.arange(count))

@@ -5,6 +5,7 @@ The configuration is the tests', never the library's: `smcdiff` must run under a
 """
 
 import os
+from pathlib import Path
 
 # Read when JAX starts its backend, hence before anything here imports it. `setdefault`: a run on a GPU names its own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,11 +24,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+_MAPS = Path("/proc/self/maps")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _free_programs():
-    """Drop a module's compiled programs after it: each holds memory maps, of which Linux gives a process 65 530."""
+    """Drop compiled programs before they are too many: each holds memory maps, of which Linux gives a process 65 530.
+
+    Not after every module: the small ones serve the next module too, and dropping takes seconds.
+    """
     yield
-    jax.clear_caches()
+    if not _MAPS.exists() or _MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

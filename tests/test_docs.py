@@ -32,6 +32,12 @@ FEWER = {
 SIZES = {
     "README.md": FEWER,
     "getting_started.md": {**FEWER, "model.schedule, 100": "model.schedule, 8", "fk, 32": "fk, 8"},
+    # The default twist of an exact model takes long to compile.
+    "particle_gibbs.md": {
+        "times=times, order=1)": "times=times, order=1, twist=smcdiff.guidance.pigdm)",
+        "problem, times=times)": "problem, times=times, twist=smcdiff.guidance.pigdm)",
+    },
+    "scale.md": {"model.schedule, 20))": "model.schedule, 20), twist=smcdiff.guidance.pigdm)"},
 }
 
 
@@ -62,7 +68,7 @@ def test_code_of_a_page_runs(path, tmp_path, monkeypatch, capsys):
         code = code.replace(large, small)
     names = {}
     exec(compile(code, str(path), "exec"), names)
-    if path.name in SIZES:
+    if path.name in ("README.md", "getting_started.md"):
         printed = capsys.readouterr().out
         assert "r_hat" in printed and "x[5, 2]" in printed.replace("'", "")
         assert names["result"].is_valid

@@ -108,8 +108,9 @@ def test_effective_sample_size():
     np.testing.assert_allclose(effective_sample_size(log_weights), 1 / np.sum(weights**2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 100])
-def test_batch_size_changes_no_number(case, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batch_size_changes_no_number(batch_size):
+    case = CASES["gaussian"]()
     whole = run_smc(jax.random.key(6), case.fk, 64, progress=False)
     batched = run_smc(jax.random.key(6), case.fk, 64, batch_size=batch_size, progress=False)
     np.testing.assert_allclose(whole.log_weights, batched.log_weights, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import xarray
 
 import smcdiff
-from smcdiff import inverse, schedules
+from smcdiff import guidance, inverse, schedules
 
 pytestmark = pytest.mark.lenient_promotion
 
@@ -24,7 +24,14 @@ def problem():
 def result(problem):
     model = smcdiff.GaussianDiffusion(np.arange(6.0).reshape(2, 3) / 3, 0.8, schedules.cosine())
     return smcdiff.posterior(
-        jax.random.key(0), model, problem, num_particles=200, num_chains=4, num_steps=40, progress=False
+        jax.random.key(0),
+        model,
+        problem,
+        num_particles=200,
+        num_chains=4,
+        num_steps=40,
+        twist=guidance.moment_matching(),
+        progress=False,
     )
 
 

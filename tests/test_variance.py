@@ -1,8 +1,8 @@
 """Single-run variance estimates against the variance over many independent runs.
 
-Over C runs a variance is known to a fraction sqrt(2/C) if the estimates are near normal (4.5 % for C = 1000), and the
-mean of the single-run estimates to 1 % or better. The bound of 25 % leaves room for five such errors, whose false-fail
-rate is 6e-7 a check, and for a bias of order 1/ESS; keys are fixed.
+Over C = 500 runs a variance is known to a fraction sqrt(2/C) = 6.3 % if the estimates are near normal, and the mean of
+the single-run estimates to 3 % or better. The bound of 35 % leaves room for five such errors, whose false-fail rate is
+6e-7 a check, and for a bias of order 1/ESS; a factor 2, or 1/2, is ten or eight of them away. Keys are fixed.
 """
 
 import functools
@@ -21,7 +21,7 @@ from smcdiff.smc.genealogy import families
 from smcdiff.smc.resampling import ssp
 from smcdiff.smc.variance import log_evidence_variance, mean_variance
 
-NUM_CHAINS, NUM_PARTICLES = 1000, 600
+NUM_CHAINS, NUM_PARTICLES, BOUND = 500, 200, 0.35
 SCHEMES = {"multinomial": multinomial, "systematic": systematic, "ssp": ssp}
 
 
@@ -118,8 +118,8 @@ def test_log_evidence_variance_is_that_over_runs(name, scheme, threshold):
         assert 0.1 < resampled.mean() < 0.9
     truth = np.var(np.asarray(result.log_evidence, float), ddof=1)
     estimates = result.log_evidence_std_error() ** 2
-    assert estimates.std() / np.sqrt(NUM_CHAINS) < 0.02 * truth
-    assert abs(estimates.mean() / truth - 1) < 0.25
+    assert estimates.std() / np.sqrt(NUM_CHAINS) < 0.03 * truth
+    assert abs(estimates.mean() / truth - 1) < BOUND
 
 
 def test_the_pooled_error_is_that_of_the_mean_of_the_evidences():
@@ -171,14 +171,14 @@ def _means(result, lag=None):
 def test_variance_of_a_mean_is_that_over_runs(name, scheme, lag):
     means, estimates = _means(_run(name, scheme, 0.5), lag)
     ratio = estimates.mean(0) / means.var(0, ddof=1)
-    assert np.all(np.abs(ratio - 1) < 0.25)
+    assert np.all(np.abs(ratio - 1) < BOUND)
 
 
 def test_standard_error_of_the_pooled_mean():
-    """Chains pooled by their evidence: groups of four, each with its own standard error."""
+    """Chains pooled by their evidence: groups of two, each with its own standard error."""
     whole = _run("gaussian", "systematic", 0.5)
-    starts = range(0, NUM_CHAINS, 4)
-    groups = [jax.tree.map(operator.itemgetter(slice(i, i + 4)), whole) for i in starts]
+    starts = range(0, NUM_CHAINS, 2)
+    groups = [jax.tree.map(operator.itemgetter(slice(i, i + 2)), whole) for i in starts]
     truth = np.var([group.mean() for group in groups], ddof=1)
     estimates = np.array([group.mean_std_error() ** 2 for group in groups])
     # 250 groups: a standard error of 9 %.
@@ -214,7 +214,7 @@ def long_run():
         jax.random.key(3),
         fk,
         60,
-        num_chains=1000,
+        num_chains=NUM_CHAINS,
         resampling_fn=multinomial,
         ess_threshold=1.0,
         progress=False,
@@ -226,9 +226,9 @@ def test_a_lag_saves_long_runs(long_run):
     truth = np.var(np.asarray(long_run.log_evidence, float), ddof=1)
     for lag in (2, 3):
         found = np.mean(long_run.log_evidence_std_error(lag) ** 2) / truth
-        assert abs(found - 1) < 0.25
+        assert abs(found - 1) < BOUND
         means, estimates = _means(long_run, lag)
-        assert abs(estimates.mean() / means.var(ddof=1) - 1) < 0.25
+        assert abs(estimates.mean() / means.var(ddof=1) - 1) < BOUND
 
 
 def _dead_step(rng_key, x, k):
@@ -254,4 +254,4 @@ def test_resampling_at_the_first_step_overestimates_by_little(name):
     )
     truth = np.var(np.asarray(result.log_evidence, float), ddof=1)
     found = np.mean(result.log_evidence_std_error() ** 2)
-    assert 0.8 * truth < found < 1.2 * truth + 1 / NUM_PARTICLES
+    assert (1 - BOUND) * truth < found < (1 + BOUND) * truth + 1 / NUM_PARTICLES

@@ -8,8 +8,8 @@ by one step or more of MALA at every level, and weighed by prod_k (pi / referenc
 the steps. The mean weight is an unbiased estimate of the marginal, whatever the number of levels. It costs more than
 importance sampling, and reaches further: more dimensions, more noise.
 
-The step size of each level is tuned from call to call by its acceptance rate; within a call it is fixed, so that
-the estimate stays unbiased.
+The step size of each level is tuned from call to call by its acceptance rate, and by a few calls before the first;
+within a call it is fixed, so that the estimate stays unbiased.
 
 Source: Neal, "Annealed importance sampling", arXiv physics/9803008.
 """
@@ -39,7 +39,7 @@ from smcdiff.mcmc.langevin import mala
 
 __all__ = ["annealed_importance"]
 
-_GAIN = 1.0  # of the logarithm of the step size, by a unit of the acceptance rate, at every call
+_GAIN = 2.0  # of the logarithm of the step size, by a unit of the acceptance rate, at every call
 
 
 class _Level(eqx.Module):
@@ -77,11 +77,21 @@ class _Annealed(ScoreEstimator):
     target_acceptance: Float[Array, ""] | float
     num_samples: int = eqx.field(static=True)
     steps_per_level: int = eqx.field(static=True)
+    num_pilots: int = eqx.field(static=True)
     identity: str = eqx.field(static=True)
 
     def init(self, rng_key, target, centre, width):
-        """The first step size of every level, relative to the proposal's variance times d^(-1/3)."""
-        return jnp.full(len(self.betas) - 1, jnp.log(jnp.asarray(self.step_size)), centre.dtype), 0
+        """The step size of every level, relative to the proposal's variance times d^(-1/3), after the pilot calls."""
+        state = jnp.full(len(self.betas) - 1, jnp.log(jnp.asarray(self.step_size)), centre.dtype)
+        if self.num_pilots == 0:
+            return state, 0
+
+        def pilot(state, key):
+            estimate, state = self(key, target, centre, width, state)
+            return state, jnp.asarray(estimate.num_evaluations, jnp.int32)
+
+        state, counts = jax.lax.scan(pilot, state, jax.random.split(rng_key, self.num_pilots))
+        return state, jnp.sum(counts)
 
     def __call__(self, rng_key, target, centre, width, state):
         """Carry draws of the proposal through the levels; weigh, average, retune."""
@@ -153,7 +163,8 @@ def annealed_importance(
     steps_per_level: int = 1,
     step_size: Float[Array, ""] | float = 0.5,
     target_acceptance: float = 0.65,
-    power: float = 2.0,
+    num_pilots: int = 4,
+    power: float = 3.0,
     reference: tuple[Float[Array, "*event"] | float, Float[Array, "*event"] | float] | None = None,
     identity: str = "denoising",
 ) -> ScoreEstimator:
@@ -171,6 +182,8 @@ def annealed_importance(
         First step size, in units of the proposal's variance times d^(-1/3), positive.
     target_acceptance
         Acceptance rate to which each level's step size is tuned, between 0 and 1.
+    num_pilots
+        Calls before the first estimate, whose only use is to tune the step sizes.
     power
         Positive; above 1 the levels lie closer near the proposal.
     reference, identity
@@ -193,11 +206,20 @@ def annealed_importance(
         ("steps_per_level", steps_per_level),
     ):
         check_count(name, value)
+    if isinstance(num_pilots, bool) or not isinstance(num_pilots, int) or num_pilots < 0:
+        raise ValueError(f"num_pilots must be an integer of at least 0, got {num_pilots!r}.")
     check_positive("step_size", step_size)
     check_positive("power", power)
     check_between("target_acceptance", target_acceptance, 1e-6, 1.0)
     check_identity(identity)
     betas = jnp.linspace(0.0, 1.0, num_levels + 1) ** power
     return _Annealed(
-        as_reference(reference), betas, step_size, target_acceptance, num_samples, steps_per_level, identity
+        as_reference(reference),
+        betas,
+        step_size,
+        target_acceptance,
+        num_samples,
+        steps_per_level,
+        num_pilots,
+        identity,
     )

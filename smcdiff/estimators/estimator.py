@@ -94,7 +94,7 @@ class ScoreEstimator(eqx.Module):
         target: Any,
         centre: Float[Array, "*event"],
         width: Float[Array, ""],
-    ) -> tuple[PyTree, int]:
+    ) -> tuple[PyTree, int | Array]:
         """The state before the first estimate, and the evaluations that it took; None and 0 without one."""
         del rng_key, target, centre, width
         return None, 0

@@ -47,7 +47,7 @@ class RdmcPath(Composable, eqx.Module):
 
     def start(
         self, rng_key: PRNGKeyArray, x: Float[Array, "*event"], t: Float[Array, ""]
-    ) -> tuple[PyTree, int]:
+    ) -> tuple[PyTree, int | Array]:
         """State of the estimator at x_t = x, and the evaluations that it took."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return self.estimator.init(rng_key, self.target, x / alpha, sigma / alpha)
