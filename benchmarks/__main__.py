@@ -16,7 +16,7 @@ from pathlib import Path
 import benchmarks
 from benchmarks.common import RESULTS, Clock, finish, format_table
 
-_NOT_BENCHMARKS = {"__main__", "common", "table", "timing"}
+_NOT_BENCHMARKS = {"__main__", "bare_samplers", "common", "distances", "table", "timing"}
 
 
 def names() -> list[str]:

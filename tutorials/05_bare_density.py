@@ -150,6 +150,6 @@ figure.suptitle("Posterior of the source; triangles are sensors")
 plt.show()
 
 # %% [markdown]
-# Each mode has its own share, and the Bayes factor says that the data prefer noise with heavy tails. In two dimensions importance
-# sampling is all that an estimator needs; the page on [bare densities](../../bare_density.md) says what to take beyond,
-# and when parallel tempering is the better choice.
+# Each mode has its own share, and the Bayes factor says that the data prefer noise with heavy tails. In two dimensions
+# importance sampling is all that an estimator needs; the page on [bare densities](../../bare_density.md) says what to
+# take beyond, and when parallel tempering is the better choice.
