@@ -17,6 +17,7 @@ from smcdiff import estimators, rdmc, rdmc_path, run_smc, schedules, slips, targ
 from smcdiff import run as run_algorithm
 from smcdiff.mcmc import diffusive_gibbs, mala, parallel_tempering, tune_levels, window_adaptation
 from smcdiff.mcmc import tempered as powers
+from smcdiff.schedules import log_snr_times
 
 __all__ = ["OURS", "SAMPLERS", "Problem", "Result", "path_of", "times_of"]
 

@@ -10,6 +10,7 @@ from smcdiff.diffusion import Diffusion, Marginal
 from smcdiff.inverse import InverseProblem
 from smcdiff.mixture import GaussianMixture
 from smcdiff.posterior import posterior
+from smcdiff.ppl import target_from_numpyro
 from smcdiff.rdmc import rdmc, rdmc_path, slips
 from smcdiff.reverse import reverse_sample, reverse_transition
 from smcdiff.run import Trace, run
@@ -70,6 +71,7 @@ __all__ = [
     "slips",
     "smc",
     "svdd",
+    "target_from_numpyro",
     "targets",
     "tds",
     "to_arviz",
