@@ -6,6 +6,7 @@ are weighed by their evidence estimates, which keeps the pooled average consiste
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,16 +174,19 @@ class SMCResult(NamedTuple):
     def resample_indices(self, rng_key: PRNGKeyArray, num_samples: int | None = None) -> np.ndarray:
         """Indices, within each chain, of the particles that `resample` draws; shape (num_chains, num_samples)."""
         num_chains, num_particles = self.log_weights.shape
-        count = num_samples or num_particles
+        keys = jax.random.split(rng_key, num_chains)
+        return np.asarray(_draw_indices(keys, jnp.asarray(self.log_weights), num_samples or num_particles))
 
-        def draw(key, log_weights):
-            indices = resample_from_log_weights(systematic, key, log_weights, count)
-            # Sorted ancestors would look like an autocorrelated chain.
-            return jax.random.permutation(jax.random.fold_in(key, 1), indices)
 
-        return np.asarray(
-            jax.vmap(draw)(jax.random.split(rng_key, num_chains), jnp.asarray(self.log_weights))
-        )
+@partial(jax.jit, static_argnames="count")
+def _draw_indices(keys, log_weights, count):
+    """Indices (chains, count) of equally weighted draws, in random order: sorted they would look autocorrelated."""
+
+    def draw(key, log_weights):
+        indices = resample_from_log_weights(systematic, key, log_weights, count)
+        return jax.random.permutation(jax.random.fold_in(key, 1), indices)
+
+    return jax.vmap(draw)(keys, log_weights)
 
 
 def run_smc(
