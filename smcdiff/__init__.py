@@ -11,8 +11,8 @@ from smcdiff.inverse import InverseProblem
 from smcdiff.mixture import GaussianMixture
 from smcdiff.posterior import posterior
 from smcdiff.ppl import target_from_numpyro
-from smcdiff.rdmc import rdmc, rdmc_path, slips
 from smcdiff.reverse import reverse_sample, reverse_transition
+from smcdiff.reverse_diffusion import rdmc, rdmc_path, slips
 from smcdiff.run import Trace, run
 from smcdiff.schedules import log_snr_times
 from smcdiff.smc import (

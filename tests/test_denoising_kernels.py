@@ -15,9 +15,10 @@ from jax.tree_util import Partial
 
 import smcdiff
 from smcdiff import schedules
+from smcdiff.denoising_posterior import DenoisingPosterior
 from smcdiff.mcmc import mala, underdamped
 from smcdiff.mcmc.denoising_langevin_gibbs import denoising_langevin_gibbs
-from smcdiff.mcmc.diffusive_gibbs import _Denoising, diffusive_gibbs
+from smcdiff.mcmc.diffusive_gibbs import diffusive_gibbs
 from smcdiff.mcmc.log_concave_chain import _Measurement, _MeasurementDensity, log_concave_chain
 from smcdiff.mcmc.restart import denoise_along, restart
 from smcdiff.mcmc.walk_jump import walk_jump
@@ -103,7 +104,7 @@ def _flat(x):
 def test_the_parts_of_a_sweep():
     # Langevin steps are on the law given the noisy sample,
     law, noisy = model().mixture, jnp.array([0.4, -1.0])
-    given = _Denoising(law, noisy, jnp.asarray(0.8), jnp.asarray(0.5))
+    given = DenoisingPosterior(law, noisy / 0.8, jnp.asarray(0.5 / 0.8))
     x, other = jnp.array([1.0, 0.5]), jnp.array([0.2, -0.3])
     normal = [-0.5 * np.sum((noisy - 0.8 * z) ** 2) / 0.25 + law.logdensity(z) for z in (x, other)]
     np.testing.assert_allclose(

@@ -197,7 +197,7 @@ def test_the_second_order_step_with_noise_is_closer_to_the_law():
         )
         errors.append(np.sum(samples.var(0)) - trace)
     # The trace is known to about .01.
-    assert abs(errors[1]) < 0.5 * abs(errors[0]) and abs(errors[0]) > 0.05, errors
+    assert abs(errors[1]) < 0.7 * abs(errors[0]) and abs(errors[0]) > 0.05, errors
 
 
 def test_ancestral_samples_have_the_moments_of_the_mixture():

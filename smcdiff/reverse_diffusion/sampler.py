@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from smcdiff.estimators import Estimate
 from smcdiff.estimators.estimator import Reference, as_reference
-from smcdiff.rdmc.path import RdmcPath
 from smcdiff.reverse import reverse_transition
+from smcdiff.reverse_diffusion.path import RdmcPath
 from smcdiff.schedules import check_times
 from smcdiff.smc.feynman_kac import FeynmanKac
 from smcdiff.smc.reversal import ancestral_step

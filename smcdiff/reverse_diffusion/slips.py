@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import HasLogDensity, as_target, require
 from smcdiff.estimators import ScoreEstimator
-from smcdiff.rdmc.path import shape_of
-from smcdiff.rdmc.sampler import next_particle
+from smcdiff.reverse_diffusion.path import shape_of
+from smcdiff.reverse_diffusion.sampler import next_particle
 from smcdiff.smc.feynman_kac import FeynmanKac
 
 __all__ = ["slips"]
@@ -62,7 +62,8 @@ def slips(
 ) -> FeynmanKac:
     """Feynman-Kac model, without weights, that samples a bare density by stochastic localization.
 
-    Particles are `smcdiff.rdmc.RdmcParticle`s, whose position at the end is a sample. Run it with `smcdiff.run_smc`.
+    Particles are `smcdiff.reverse_diffusion.RdmcParticle`s, whose position at the end is a sample. Run it with
+    `smcdiff.run_smc`.
 
     Parameters
     ----------
