@@ -44,7 +44,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "rings": lambda: Problem(targets.rings(), 3.0, 0.15),
     "funnel": lambda: Problem(targets.funnel(10), 5.0, 1.0, True),
     "two modes, d = 8": lambda: Problem(targets.two_modes(8), 1.2, 0.22, True),
-    "skewed modes, d = 5": lambda: Problem(targets.skewed_modes(5), 5.0, 0.8),
+    "skewed modes, d = 5": lambda: Problem(targets.skewed_modes(5), 7.0, 0.8, True),
 }
 
 
