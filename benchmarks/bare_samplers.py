@@ -53,7 +53,7 @@ def times_of(path, num_steps, width):
 
 
 def _reverse(problem, num_samples, evaluations, rng_key, **options):
-    """rdmc with 64 steps, or 32 where every estimate is annealed."""
+    """rdmc with 64 steps, or 28 and 4 pilots where every estimate is annealed."""
     reference = (0.0, problem.scale)
     if problem.is_annealed:
         num_steps, num_pilots = 28, 4
@@ -115,7 +115,7 @@ def _thinned(algorithm, problem, num_samples, budget, per_step, rng_key, spent=0
         progress=False,
     )
     samples = np.asarray(trace.samples, float)[:, -kept:].reshape(CHAINS * kept, -1)
-    return samples, trace, spent + CHAINS * blocks * thin * per_step
+    return samples, spent + CHAINS * blocks * thin * per_step
 
 
 def _diffusive_gibbs(problem, num_samples, evaluations, rng_key):
@@ -124,7 +124,7 @@ def _diffusive_gibbs(problem, num_samples, evaluations, rng_key):
     dimension = math.prod(problem.target.event_shape)
     step = 0.5 * dimension ** (-1 / 3) / (1 / problem.width**2 + 1 / widths**2)
     algorithm = diffusive_gibbs(problem.target, 1.0, widths, step_size=step, num_mala_steps=3)
-    samples, _, spent = _thinned(algorithm, problem, num_samples, num_samples * evaluations, 12, rng_key)
+    samples, spent = _thinned(algorithm, problem, num_samples, num_samples * evaluations, 12, rng_key)
     return Result(samples, None, None, spent)
 
 
@@ -154,7 +154,7 @@ def _parallel_tempering(problem, num_samples, evaluations, rng_key):
     algorithm = parallel_tempering(path, levels, mala, _tempered_step(problem, levels), **build)
     per_step = num_levels * (num_explore + 1)
     spent = 7 * pilot * per_step * CHAINS
-    samples, _, spent = _thinned(
+    samples, spent = _thinned(
         algorithm, problem, num_samples, num_samples * evaluations, per_step, key_run, spent
     )
     return Result(samples, None, None, spent)
@@ -183,15 +183,15 @@ _hmc_kernel = partial(blackjax.hmc.build_kernel(), num_integration_steps=_LEAPFR
 
 
 def _tempered_smc(problem, num_samples, evaluations, rng_key):
-    """BlackJAX's adaptive tempered SMC; the number of moves at a temperature spends the budget."""
-    num_moves = 1
-    for attempt in range(2):  # a pilot with one move counts the temperatures; it is not charged
-        result, temperatures = _run_tempered(problem, num_samples, num_moves, rng_key, attempt)
-        num_moves = max(1, evaluations // (temperatures * (_LEAPFROGS + 1)))
-    return result
+    """BlackJAX's adaptive tempered SMC; a pilot counts the temperatures, the number of moves spends what is left."""
+    pilot, temperatures = _run_tempered(problem, num_samples, 1, rng_key)
+    left = evaluations - pilot.evaluations // num_samples
+    num_moves = max(1, (left // temperatures - 1) // (_LEAPFROGS + 1))
+    result, _ = _run_tempered(problem, num_samples, num_moves, rng_key)
+    return result._replace(evaluations=result.evaluations + pilot.evaluations)
 
 
-def _run_tempered(problem, num_samples, num_moves, rng_key, attempt):
+def _run_tempered(problem, num_samples, num_moves, rng_key):
     prior, likelihood = _smc_parts(problem)
     dimension = math.prod(problem.target.event_shape)
     kernel = adaptive_tempered.build_kernel(
@@ -210,8 +210,8 @@ def _run_tempered(problem, num_samples, num_moves, rng_key, attempt):
 
 
 def _persistent_smc(problem, num_samples, evaluations, rng_key):
-    """BlackJAX's adaptive persistent SMC with a tenth of the particles in a cloud, all of which count."""
-    size, num_moves, most = max(16, num_samples // 8), 1, 400
+    """BlackJAX's adaptive persistent SMC with an eighth of the particles in a cloud; a pilot as in tempered SMC."""
+    size, num_moves, most, spent = max(16, num_samples // 8), 1, 400, 0
     prior, likelihood = _smc_parts(problem)
     dimension = math.prod(problem.target.event_shape)
     kernel = adaptive_persistent_sampling.build_kernel(
@@ -225,16 +225,20 @@ def _persistent_smc(problem, num_samples, evaluations, rng_key):
             settings = _smc_settings(problem, state.tempering_param, dimension)
             state, _ = step(jax.random.fold_in(rng_key, 1 + count), state, settings)
             count += 1
-        moves, num_moves = num_moves, max(1, num_samples * evaluations // (size * count * (_LEAPFROGS + 1)))
+        spent += size * count * (1 + num_moves * (_LEAPFROGS + 1))
+        left = num_samples * evaluations - spent
+        num_moves = max(1, (left // (size * count) - 1) // (_LEAPFROGS + 1))
     samples = np.asarray(state.persistent_particles, float)[: count + 1].reshape(-1, dimension)
     weights = np.asarray(state.persistent_weights, float)[: count + 1].ravel()
     chosen = np.random.default_rng(0).choice(len(samples), num_samples, p=weights / weights.sum())
-    spent = size * count * (1 + moves * (_LEAPFROGS + 1))
     return Result(samples[chosen], None, float(state.log_Z), spent)
 
 
 def _nuts(problem, num_samples, evaluations, rng_key):
-    """BlackJAX's NUTS: a fifth of the budget warms up, the rest is spent by the mean length of trajectories."""
+    """BlackJAX's NUTS. Its trajectories are counted; those of the 100 warm-up steps, which are not seen, are not.
+
+    They are taken to be as long as the ones of the pilot after them.
+    """
     key_warm, key_pilot, key_run = jax.random.split(rng_key, 3)
     budget, warm_steps = num_samples * evaluations // CHAINS, 100
     starts = _starts(problem, key_warm)
@@ -250,22 +254,23 @@ def _nuts(problem, num_samples, evaluations, rng_key):
     num_steps = max(kept, int((budget - (warm_steps + 20) * length) / length))
     thin = max(1, num_steps // kept)
     trace = run_algorithm(
-        key_run, algorithm, kept * thin, state=pilot.state, num_chains=CHAINS, thin=thin, progress=False
+        key_run, algorithm, kept * thin, state=pilot.state, num_chains=CHAINS, progress=False
     )
-    samples = np.asarray(trace.samples, float).reshape(CHAINS * kept, -1)
-    spent = int(CHAINS * (warm_steps + 20 + kept * thin) * length)
+    samples = np.asarray(trace.samples[:, thin - 1 :: thin], float).reshape(CHAINS * kept, -1)
+    counted = np.sum(pilot.info.num_integration_steps) + np.sum(trace.info.num_integration_steps)
+    spent = int(counted + CHAINS * warm_steps * length)
     return Result(samples, None, None, spent)
 
 
 def _numpyro_nuts(problem, num_samples, evaluations, rng_key):
-    """NumPyro's NUTS on the potential, vectorised chains, a fifth of the steps for the warm-up."""
+    """NumPyro's NUTS on the potential, vectorised chains; counted as BlackJAX's, with a pilot of its own."""
     kept = num_samples // CHAINS
     budget = num_samples * evaluations // CHAINS
 
     def potential(x):
         return -problem.target.logdensity(x)
 
-    def sample(num_warm, num_steps, thin):
+    def sample(num_warm, num_steps):
         kernel = numpyro.infer.NUTS(potential_fn=potential, max_tree_depth=6)
         mcmc = numpyro.infer.MCMC(
             kernel,
@@ -273,18 +278,20 @@ def _numpyro_nuts(problem, num_samples, evaluations, rng_key):
             num_samples=num_steps,
             num_chains=CHAINS,
             chain_method="vectorized",
-            thinning=thin,
             progress_bar=False,
         )
         mcmc.run(rng_key, init_params=_starts(problem, rng_key), extra_fields=("num_steps",))
         return mcmc
 
-    length = float(np.mean(sample(100, 20, 1).get_extra_fields()["num_steps"]))
+    pilot = np.asarray(sample(100, 20).get_extra_fields()["num_steps"])
+    length = float(np.mean(pilot))
     num_steps = max(kept, int(budget / length - 220))
     thin = max(1, num_steps // kept)
-    mcmc = sample(100, kept * thin, thin)
-    spent = int(CHAINS * (220 + kept * thin) * length)
-    return Result(np.asarray(mcmc.get_samples(), float)[-num_samples:], None, None, spent)
+    mcmc = sample(100, kept * thin)
+    samples = np.asarray(mcmc.get_samples(group_by_chain=True), float)[:, thin - 1 :: thin]
+    counted = np.sum(pilot) + np.sum(mcmc.get_extra_fields()["num_steps"])
+    spent = int(counted + CHAINS * 200 * length)
+    return Result(samples.reshape(CHAINS * kept, -1), None, None, spent)
 
 
 OURS = ("rdmc", "rdmc, draws", "rdsmc", "slips", "diffusive Gibbs")

@@ -3,8 +3,8 @@
 Targets (`smcdiff.targets`): 40 modes in 2 and in 50 dimensions, rings, Neal's funnel in 10 dimensions, two modes of
 weights 2/3 and 1/3 in 8 dimensions, a skewed mixture in 5. All samplers know the same of a target: a Gaussian
 N(0, scale^2 I) that covers it, and the width of its narrowest feature. An evaluation is one of the log density, with
-its gradient where that is used; they are counted by the samplers, and every sampler gets 4096 for each of 1024 samples
-(a warm-up or a pilot counts).
+its gradient where that is used; they are counted, but for the warm-up of NUTS, whose trajectories are taken to be as
+long as those after it, and every sampler gets 4096 for each of 1024 samples, warm-up and pilots included.
 
 Samplers: `rdmc` (the mean of the denoising posterior; importance sampling in few dimensions, annealed importance
 sampling in many), `rdmc, draws`, `rdsmc` (the same with weights), `slips` (persistent chains), `diffusive Gibbs`,

@@ -8,10 +8,11 @@ import numpy as np
 __all__ = ["check_between", "check_count", "check_positive"]
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise a `ValueError` unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a `ValueError` unless ``value`` is an integer of at least ``least``, by default a positive one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        need = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {need}, got {value!r}.")
 
 
 def check_positive(name: str, value: Any) -> None:

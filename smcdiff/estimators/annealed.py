@@ -206,8 +206,7 @@ def annealed_importance(
         ("steps_per_level", steps_per_level),
     ):
         check_count(name, value)
-    if isinstance(num_pilots, bool) or not isinstance(num_pilots, int) or num_pilots < 0:
-        raise ValueError(f"num_pilots must be an integer of at least 0, got {num_pilots!r}.")
+    check_count("num_pilots", num_pilots, least=0)
     check_positive("step_size", step_size)
     check_positive("power", power)
     check_between("target_acceptance", target_acceptance, 1e-6, 1.0)

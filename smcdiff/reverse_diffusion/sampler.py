@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PyTree
 
+from smcdiff.checks import check_count
 from smcdiff.estimators import Estimate
 from smcdiff.estimators.estimator import Reference, as_reference
 from smcdiff.reverse import reverse_transition
@@ -33,7 +34,7 @@ from smcdiff.schedules import check_times
 from smcdiff.smc.feynman_kac import FeynmanKac
 from smcdiff.smc.reversal import ancestral_step
 
-__all__ = ["RdmcParticle", "next_particle", "rdmc"]
+__all__ = ["RdmcParticle", "langevin", "next_particle", "rdmc"]
 
 # Bounds of the estimated variance of x_0 over that of the noise.
 _LEAST_SHARE, _GREATEST_SHARE = 1e-3, 1e4
@@ -133,12 +134,7 @@ def rdmc(
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    if (
-        isinstance(num_langevin_steps, bool)
-        or not isinstance(num_langevin_steps, int)
-        or num_langevin_steps < 0
-    ):
-        raise ValueError(f"num_langevin_steps must be an integer of at least 0, got {num_langevin_steps!r}.")
+    check_count("num_langevin_steps", num_langevin_steps, least=0)
     if weights == "marginal":
         if not path.estimator.has_marginal:
             raise ValueError(
@@ -168,20 +164,10 @@ def _init(sampler, rng_key):
     noise = jax.random.normal(key_start, shape, dtype)
     x = mean + std * noise
     state, first = path.start(key_first, x, t)
-
-    def langevin(carry, key):
-        x, state, count = carry
-        key_estimate, key_noise = jax.random.split(key)
-        estimate, state = path.estimate(key_estimate, x, t, state)
-        score = (alpha * estimate.denoised - x) / sigma**2
-        step_size = 0.25 * sigma**2
-        x = x + step_size * score + jnp.sqrt(2.0 * step_size) * jax.random.normal(key_noise, x.shape, x.dtype)
-        return (x, state, count + estimate.num_evaluations), None
-
-    count = jnp.asarray(first, jnp.int32)
-    (x, state, count), _ = jax.lax.scan(
-        langevin, (x, state, count), jax.random.split(key_langevin, sampler.num_langevin_steps)
+    centre, state, count = langevin(
+        key_langevin, path.estimator, path.target, x / alpha, sigma / alpha, state, sampler.num_langevin_steps
     )
+    x, count = alpha * centre if sampler.num_langevin_steps else x, first + count
     estimate, state = path.estimate(key_estimate, x, t, state)
     particle = next_particle(x, estimate, state, count, jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, dtype))
     if not sampler.is_weighted:
@@ -235,6 +221,24 @@ def _transition(sampler, schedule, x, estimate, t, s, noise):
     if sampler.last == "denoise":
         x_s = jnp.where(s > 0, x_s, estimate.denoised)
     return x_s, log_kernels
+
+
+def langevin(rng_key, estimator, target, centre, width, state, num_steps):
+    """Unadjusted Langevin steps of a quarter of the noise's variance, on the estimated score of x / alpha.
+
+    Returns the new centre, the estimator's state, and the evaluations.
+    """
+
+    def step(carry, key):
+        centre, state, count = carry
+        key_estimate, key_noise = jax.random.split(key)
+        estimate, state = estimator(key_estimate, target, centre, width, state)
+        noise = jax.random.normal(key_noise, centre.shape, centre.dtype)
+        centre = centre + 0.25 * (estimate.denoised - centre) + jnp.sqrt(0.5) * width * noise
+        return (centre, state, count + estimate.num_evaluations), None
+
+    start = (centre, state, jnp.zeros((), jnp.int32))
+    return jax.lax.scan(step, start, jax.random.split(rng_key, num_steps))[0]
 
 
 def next_particle(x, estimate, state, num_evaluations, num_invalid, least_ess):

@@ -29,7 +29,7 @@ from smcdiff.checks import check_count, check_positive
 from smcdiff.density import HasLogDensity, as_target, require
 from smcdiff.estimators import ScoreEstimator
 from smcdiff.reverse_diffusion.path import shape_of
-from smcdiff.reverse_diffusion.sampler import next_particle
+from smcdiff.reverse_diffusion.sampler import langevin, next_particle
 from smcdiff.smc.feynman_kac import FeynmanKac
 
 __all__ = ["slips"]
@@ -110,8 +110,7 @@ def slips(
         )
     if transition not in ("mean", "draw"):
         raise ValueError(f"transition must be one of ('mean', 'draw'), got {transition!r}.")
-    if num_langevin_steps < 0:
-        raise ValueError(f"num_langevin_steps must be at least 0, got {num_langevin_steps}.")
+    check_count("num_langevin_steps", num_langevin_steps, least=0)
     levels = _levels(schedule, np.linspace(log_snr_min, log_snr_max, num_steps), sigma)
     scales, widths, gains, noises = (jnp.asarray(values, float) for values in levels)
     sampler = _Slips(target, estimator, scales, widths, gains, noises, transition, num_langevin_steps, shape)
@@ -151,23 +150,15 @@ def _init(sampler, rng_key):
     centre = width * noise
     state, first = sampler.estimator.init(key_first, sampler.target, centre, width)
 
-    # In units of X: Y / a has the score (E[X | Y] - Y / a) / r^2.
-    def langevin(carry, key):
-        centre, state, count = carry
-        key_estimate, key_noise = jax.random.split(key)
-        estimate, state = sampler.estimator(key_estimate, sampler.target, centre, width, state)
-        noise = jax.random.normal(key_noise, centre.shape, centre.dtype)
-        centre = centre + 0.25 * (estimate.denoised - centre) + jnp.sqrt(0.5) * width * noise
-        return (centre, state, count + estimate.num_evaluations), None
-
-    keys = jax.random.split(key_langevin, sampler.num_langevin_steps)
-    (centre, state, count), _ = jax.lax.scan(langevin, (centre, state, jnp.asarray(first, jnp.int32)), keys)
+    centre, state, count = langevin(
+        key_langevin, sampler.estimator, sampler.target, centre, width, state, sampler.num_langevin_steps
+    )
     estimate, state = sampler.estimator(key_estimate, sampler.target, centre, width, state)
     particle = next_particle(
         scale * centre,
         estimate,
         state,
-        count,
+        first + count,
         jnp.zeros((), jnp.int32),
         jnp.asarray(jnp.inf, scale.dtype),
     )
