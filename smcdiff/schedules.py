@@ -322,11 +322,12 @@ def log_snr_times(
     Raises
     ------
     ValueError
-        If ``num_steps`` is not an integer of at least 2, or the range of log-SNR is empty.
+        If ``num_steps`` is not an integer of at least 2, or the range of log-SNR is empty (not checked when the
+        schedule is traced).
     """
     _require_steps(num_steps)
-    start = max(float(schedule.log_snr(jnp.asarray(1.0))), log_snr_min)
-    if not start < log_snr_max:
+    start = jnp.maximum(schedule.log_snr(jnp.asarray(1.0)), log_snr_min)
+    if not isinstance(start, jax.core.Tracer) and not start < log_snr_max:
         raise ValueError(f"log_snr_max must exceed the log-SNR at the start, {start:.3g}, got {log_snr_max}.")
     levels = jnp.linspace(start, log_snr_max, num_steps)
     return _with_ends(schedule.time_from_log_snr(levels))

@@ -25,17 +25,25 @@ from blackjax.adaptation.mass_matrix import (
     WelfordAlgorithmState,
     mass_matrix_adaptation,
 )
-from blackjax.adaptation.step_size import dual_averaging_adaptation
+from blackjax.adaptation.step_size import DualAveragingAdaptationState, dual_averaging_adaptation
 from blackjax.adaptation.window_adaptation import build_schedule
 from blackjax.base import SamplingAlgorithm
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import as_pytree
 
-__all__ = ["WarmUp", "adapt_step_size", "window_adaptation"]
+__all__ = [
+    "Adaptation",
+    "WarmUp",
+    "adapt",
+    "adapt_step_size",
+    "begin_adaptation",
+    "window_adaptation",
+    "window_stages",
+]
 
 
 class WarmUp(NamedTuple):
@@ -153,9 +161,13 @@ def window_adaptation(
     start = _checked(num_steps, target_acceptance, initial_step_size)
     arrays, static = eqx.partition(options, eqx.is_array)
     build = _Build(as_pytree(target), as_pytree(algorithm), arrays, tuple(sorted(static.items())))
-    with jax.numpy_dtype_promotion("standard"):  # of its pairs of a number and a truth value
-        stages = jnp.asarray(build_schedule(num_steps), jnp.int32)
-    return _warm_up(rng_key, build, positions, stages, start, is_mass_matrix_diagonal)
+    return _warm_up(rng_key, build, positions, window_stages(num_steps), start, is_mass_matrix_diagonal)
+
+
+def window_stages(num_steps: int) -> Int[Array, "steps 2"]:
+    """Stan's windows: whether each step counts for the covariance, and whether it ends a window."""
+    with jax.numpy_dtype_promotion("standard"):  # of BlackJAX's pairs of a number and a truth value
+        return jnp.asarray(build_schedule(num_steps), jnp.int32)
 
 
 class _Build(eqx.Module):
@@ -194,11 +206,77 @@ class _Pool(NamedTuple):
     squares: Float[Array, " d"] | Float[Array, "d d"]  # summed, about the mean
 
 
+class Adaptation(NamedTuple):
+    """A warm-up on its way; begin it with `begin_adaptation`, go on with `adapt`.
+
+    Attributes
+    ----------
+    averaging
+        State of BlackJAX's dual averaging.
+    metric
+        Inverse mass matrix, or None where only the step size is adapted.
+    pool
+        Moments of the positions since the window began, or None.
+    """
+
+    averaging: DualAveragingAdaptationState
+    metric: Float[Array, " d"] | Float[Array, "d d"] | None
+    pool: Any
+
+    @property
+    def step_size(self) -> Float[Array, ""]:
+        """The step size of the next step."""
+        return jnp.exp(self.averaging.log_step_size)
+
+    @property
+    def settings(self) -> dict[str, Array | None]:
+        """What the kernel gets after the warm-up: the averaged step size and the inverse mass matrix."""
+        return {
+            "step_size": jnp.exp(self.averaging.log_step_size_avg),
+            "inverse_mass_matrix": self.metric,
+        }
+
+
+def begin_adaptation(step_size, metric) -> Adaptation:
+    """A warm-up before its first step, from a step size and an inverse mass matrix or None."""
+    start, _, _ = _dual_averaging(0.8)  # the rate that is wanted enters with the first update
+    return Adaptation(start(step_size), metric, None if metric is None else _empty(metric))
+
+
+def adapt(adaptation: Adaptation, x, info, stage, target_acceptance) -> Adaptation:
+    """A warm-up after one more step of all chains.
+
+    Parameters
+    ----------
+    adaptation
+        It before the step.
+    x
+        Flat positions of the chains, (num_chains, d).
+    info
+        What their kernels reported.
+    stage
+        Whether the step counts for the covariance, and whether it ends a window: a row of BlackJAX's
+        ``build_schedule``.
+    target_acceptance
+        Mean acceptance rate that is wanted.
+    """
+    averaging, metric, pool = adaptation
+    start, update, final = _dual_averaging(target_acceptance)
+    averaging = update(averaging, jnp.mean(_acceptance_rate(info).astype(target_acceptance.dtype)))
+    if metric is not None:
+        is_slow, is_end = stage
+        pool = jax.tree.map(lambda a, b: jnp.where(is_slow == 1, a, b), _add(pool, x), pool)
+        ended = (start(final(averaging)), _covariance(pool, metric), _empty(metric))
+        averaging, metric, pool = jax.tree.map(
+            lambda a, b: jnp.where(is_end == 1, a, b), ended, (averaging, metric, pool)
+        )
+    return Adaptation(averaging, metric, pool)
+
+
 @eqx.filter_jit
 def _warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
     """The warm-up; a row of ``stages`` tells whether a step counts for the covariance, and whether it ends a window."""
     target_acceptance, step_size = wanted
-    start, update, final = _dual_averaging(target_acceptance)
     x = jax.vmap(lambda position: ravel_pytree(position)[0])(positions)
     num_chains, size = x.shape
     metric = None
@@ -208,29 +286,19 @@ def _warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
     states = jax.vmap(build(step_size, metric).init)(positions, jax.random.split(key_init, num_chains))
 
     def one_step(carry, inputs):
-        states, averaging, metric, pool = carry
-        k, (is_slow, is_end) = inputs
-        step_size = jnp.exp(averaging.log_step_size)
+        states, adaptation = carry
+        k, stage = inputs
+        step_size = adaptation.step_size
         keys = jax.random.split(jax.random.fold_in(key_steps, k), num_chains)
-        states, info = jax.vmap(build(step_size, metric).step)(keys, states)
-        rate = jnp.mean(_acceptance_rate(info).astype(step_size.dtype))
-        averaging = update(averaging, rate)
-        if metric is not None:
-            x = jax.vmap(lambda position: ravel_pytree(position)[0])(states.position)
-            new = _add(pool, x)
-            pool = jax.tree.map(lambda a, b: jnp.where(is_slow == 1, a, b), new, pool)
-            ended = (start(final(averaging)), _covariance(pool, metric), _empty(metric))
-            averaging, metric, pool = jax.tree.map(
-                lambda a, b: jnp.where(is_end == 1, a, b), ended, (averaging, metric, pool)
-            )
-        return (states, averaging, metric, pool), (rate, step_size)
+        states, info = jax.vmap(build(step_size, adaptation.metric).step)(keys, states)
+        x = jax.vmap(lambda position: ravel_pytree(position)[0])(states.position)
+        adaptation = adapt(adaptation, x, info, stage, target_acceptance)
+        return (states, adaptation), (jnp.mean(_acceptance_rate(info).astype(step_size.dtype)), step_size)
 
-    carry = (states, start(step_size), metric, None if metric is None else _empty(metric))
+    carry = (states, begin_adaptation(step_size, metric))
     inputs = (jnp.arange(len(stages)), (stages[:, 0], stages[:, 1]))
-    (states, averaging, metric, _), (rates, step_sizes) = jax.lax.scan(one_step, carry, inputs)
-    return WarmUp(
-        {"step_size": final(averaging), "inverse_mass_matrix": metric}, states.position, rates, step_sizes
-    )
+    (states, adaptation), (rates, step_sizes) = jax.lax.scan(one_step, carry, inputs)
+    return WarmUp(adaptation.settings, states.position, rates, step_sizes)
 
 
 def _acceptance_rate(info):

@@ -53,6 +53,10 @@ class FeynmanKac(eqx.Module):
         ``log_transition(particle_from, particle_to, k) -> (log_density, log_weight_increment)`` of move k, or None.
         `smcdiff.smc.particle_gibbs` draws backward with it. A move that has no density, such as a noiseless one, says
         minus infinity.
+    retrace
+        ``retrace(x) -> (particles, log_weight_increments)`` of a whole path of bare samples, or None: the particles as
+        this model carries them, and its weights, each with the leading axis num_steps + 1. A trajectory of one model
+        becomes that of another with the same moves, as Gibbs sampling needs whose likelihood has changed.
 
     Make ``init`` and ``step`` `jax.tree_util.Partial`s of module-level functions, so that what they hold (weights,
     measurements, times) are leaves of the model and a compiled program can be used again.
@@ -62,6 +66,7 @@ class FeynmanKac(eqx.Module):
     step: Callable
     num_steps: int = eqx.field(static=True)
     log_transition: Callable | None = None
+    retrace: Callable | None = None
 
 
 class SMCState(NamedTuple):

@@ -17,7 +17,7 @@ Sources: Wu, Trippe, Naesseth, Blei and Cunningham, "Practical and Asymptoticall
 Diffusion Models", arXiv 2306.17775; Lu et al., "DPM-Solver++", arXiv 2211.01095 (the second-order step).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -55,7 +55,7 @@ class TwistedParticle(NamedTuple):
 
 class _TwistedModel(eqx.Module):
     chain: PriorChain
-    problem: InverseProblem
+    problem: Any
     twist: Twist
 
     def look_ahead(self, x, t):
@@ -64,7 +64,7 @@ class _TwistedModel(eqx.Module):
 
 def tds(
     model: DiffusionModel,
-    problem: InverseProblem,
+    problem: Any,
     *,
     times: Float[Array, " steps"],
     twist: Twist | None = None,
@@ -79,7 +79,8 @@ def tds(
     model
         The prior: anything with ``schedule``, ``event_shape`` and ``denoise``.
     problem
-        Measurement, operator and noise.
+        An `InverseProblem`: measurement, operator and noise; or any object with ``log_likelihood(x)``, for which a
+        ``twist`` must be given.
     times
         Grid that falls from 1 to 0, for instance `log_snr_times(model.schedule, 100)`.
     twist
@@ -90,7 +91,7 @@ def tds(
     Raises
     ------
     TypeError
-        If ``model`` has no denoiser.
+        If ``model`` has no denoiser, or ``problem`` is no `InverseProblem` and has no twist.
     ValueError
         If ``times`` is no grid from 1 to 0, if the operator does not take the model's samples, or if ``order`` is
         neither 1 nor 2.
@@ -98,11 +99,24 @@ def tds(
     Source: "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models", arXiv 2306.17775.
     """
     chain = prior_chain(model, times, order, "tds")
-    problem.operator.check(model.event_shape)
-    twisted = _TwistedModel(chain, problem, default_twist(model, problem) if twist is None else twist)
+    if isinstance(problem, InverseProblem):
+        problem.operator.check(model.event_shape)
+        twist = default_twist(model, problem) if twist is None else twist
+    if twist is None:
+        raise TypeError(
+            f"tds chooses a twist for an InverseProblem only, got {type(problem).__name__}; give twist, for instance "
+            "smcdiff.guidance.log_twist(lambda problem, denoised, t: problem.log_likelihood(denoised))."
+        )
+    twisted = _TwistedModel(chain, problem, twist)
     # A second-order particle remembers its ancestor: the density of a move to it from any other one is zero.
     log_transition = Partial(_log_transition, twisted) if order == 1 else None
-    return FeynmanKac(Partial(_init, twisted), Partial(_step, twisted), chain.num_steps, log_transition)
+    return FeynmanKac(
+        Partial(_init, twisted),
+        Partial(_step, twisted),
+        chain.num_steps,
+        log_transition,
+        Partial(_retrace, twisted),
+    )
 
 
 def _init(twisted, rng_key):
@@ -114,14 +128,40 @@ def _init(twisted, rng_key):
 
 def _step(twisted, rng_key, particle, k):
     """Move from times[k] to times[k + 1] under the steered chain, and weigh."""
+    mean, guided, std = _moves(twisted, particle, k)
+    noise = jax.random.normal(rng_key, mean.shape, mean.dtype)
+    return _arrive(twisted, particle, guided + std * noise, noise, mean, guided, std, k)
+
+
+def _retrace(twisted, path):
+    """Particles and increments of the chain that passed through the samples ``path`` (num_steps + 1, *event)."""
+
+    def follow(particle, inputs):
+        x, k = inputs
+        mean, guided, std = _moves(twisted, particle, k)
+        noise = (x - guided) / jnp.where(std > 0, std, 1.0)
+        particle, increment = _arrive(twisted, particle, x, noise, mean, guided, std, k)
+        return particle, (particle, increment)
+
+    value = twisted.look_ahead(path[0], twisted.chain.times[0])
+    first = TwistedParticle(path[0], value, _remember(twisted, value))
+    _, rest = jax.lax.scan(follow, first, (path[1:], jnp.arange(twisted.chain.num_steps)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), (first, value.log_twist), rest)
+
+
+def _moves(twisted, particle, k):
+    """Mean of the chain's own step ``k``, mean of the steered one, and the deviation of both."""
     chain, is_last = twisted.chain, k == twisted.chain.num_steps - 1
     schedule, t, s = chain.model.schedule, chain.times[k], chain.times[k + 1]
     denoised, shift = _extrapolate(chain, particle, k)
     mean, std = reverse_transition(schedule, particle.x, denoised, t, s)
     guided, _ = reverse_transition(schedule, particle.x, denoised + jnp.where(is_last, 0.0, shift), t, s)
-    noise = jax.random.normal(rng_key, mean.shape, mean.dtype)
-    x = guided + std * noise
+    return mean, guided, std
 
+
+def _arrive(twisted, particle, x, noise, mean, guided, std, k):
+    """The particle at the end of step ``k``, at x = guided + std * noise, and what the step weighs it with."""
+    chain, is_last = twisted.chain, k == twisted.chain.num_steps - 1
     # log p - log q of two Gaussians of equal deviation; no noise and no steering at the last step.
     offset = jnp.where(is_last, 0.0, (guided - mean) / jnp.where(std > 0, std, 1.0))
     log_ratio = -jnp.sum(offset * noise) - 0.5 * jnp.sum(offset**2)
@@ -130,7 +170,7 @@ def _step(twisted, rng_key, particle, k):
         log_likelihood = twisted.problem.log_likelihood(x)
         return TwistValue(x, jnp.zeros_like(x), log_likelihood)
 
-    value = jax.lax.cond(is_last, look_at_data, lambda x: twisted.look_ahead(x, s), x)
+    value = jax.lax.cond(is_last, look_at_data, lambda x: twisted.look_ahead(x, chain.times[k + 1]), x)
     increment = log_ratio + value.log_twist - particle.value.log_twist
     return TwistedParticle(x, value, _remember(twisted, particle.value)), increment
 

@@ -14,14 +14,17 @@ NumPyro", arXiv 1912.11554.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+import numpyro.infer.util
 from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.distributions import biject_to
+
+from smcdiff.ppl.call import ModelCall, model_call
 
 __all__ = ["NumPyroTarget", "target_from_numpyro"]
 
@@ -33,19 +36,13 @@ class NumPyroTarget(eqx.Module):
 
     Attributes
     ----------
-    arguments
-        The arrays among the model's arguments, which are leaves.
-    constants
-        Type and value of everything else, the model's function among it; None stands for an array.
-    layout
-        How they make up (model, args, kwargs).
+    call
+        The model and its arguments, whose arrays are leaves.
     sites
         Names of the latent sites and the shapes of their unconstrained values, in the order of the model.
     """
 
-    arguments: tuple[Array, ...]
-    constants: tuple[tuple[type, Any] | None, ...] = eqx.field(static=True)
-    layout: Any = eqx.field(static=True)
+    call: ModelCall
     sites: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
 
     @property
@@ -69,7 +66,7 @@ class NumPyroTarget(eqx.Module):
 
     def logdensity(self, x: Float[Array, " d"]) -> Float[Array, ""]:
         """Log joint density with the log Jacobian at one sample ``x``; its integral is the evidence."""
-        energy = _numpyro().infer.util.potential_energy(*self._bind(), self._split(x))
+        energy = numpyro.infer.util.potential_energy(*self.call.unpack(), self.split(x))
         return -jnp.asarray(energy, x.dtype)
 
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
@@ -86,7 +83,7 @@ class NumPyroTarget(eqx.Module):
 
     def constrain(self, x: Float[Array, " d"]) -> dict[str, Array]:
         """Values of the latent and of the deterministic sites at one sample ``x``."""
-        return _numpyro().infer.util.constrain_fn(*self._bind(), self._split(x), return_deterministic=True)
+        return numpyro.infer.util.constrain_fn(*self.call.unpack(), self.split(x), return_deterministic=True)
 
     def unconstrain(self, values: Mapping[str, Any]) -> Float[Array, " d"]:
         """The sample at which the latent sites have these values.
@@ -109,8 +106,14 @@ class NumPyroTarget(eqx.Module):
         for name, value in latent.items():
             if value.shape != shapes[name].shape:
                 raise ValueError(f"site {name!r} has shape {shapes[name].shape}, got {value.shape}.")
-        found = _numpyro().infer.util.unconstrain_fn(*self._bind(), latent)
-        return jnp.concatenate([jnp.ravel(found[name]) for name in self.site_names])
+        found = numpyro.infer.util.unconstrain_fn(*self.call.unpack(), latent)
+        return self.join(found)
+
+    def transforms(self) -> dict[str, Any]:
+        """NumPyro's transforms of the latent sites, from their unconstrained values; where none depends on a site."""
+        model, args, kwargs = self.call.unpack()
+        trace = _prototype(model, args, kwargs)
+        return {name: biject_to(trace[name]["fn"].support) for name in self.site_names}
 
     def to_sites(self, samples: Float[Array, "*batch d"]) -> dict[str, Array]:
         """`constrain` for the samples of a trace, whose axes go in front of those of the sites."""
@@ -136,14 +139,8 @@ class NumPyroTarget(eqx.Module):
             )
         return jnp.where(is_valid, x, jnp.nan)
 
-    def _bind(self) -> tuple[Callable, tuple, dict[str, Any]]:
-        """Model, args and kwargs."""
-        arrays = iter(self.arguments)
-        leaves = [next(arrays) if constant is None else constant[1] for constant in self.constants]
-        return jax.tree_util.tree_unflatten(self.layout, leaves)
-
-    def _split(self, x):
-        """Unconstrained values by site."""
+    def split(self, x: Float[Array, " d"]) -> dict[str, Array]:
+        """Unconstrained values of the latent sites at one sample ``x``; `join` is its inverse."""
         if jnp.shape(x) != self.event_shape:
             raise ValueError(
                 f"a sample of this model is one vector of shape {self.event_shape}, got {jnp.shape(x)}; "
@@ -151,6 +148,10 @@ class NumPyroTarget(eqx.Module):
             )
         slices = self.slices
         return {name: x[slices[name]].reshape(shape) for name, shape in self.sites}
+
+    def join(self, values: Mapping[str, Array]) -> Float[Array, " d"]:
+        """The sample with these unconstrained values of the latent sites."""
+        return jnp.concatenate([jnp.ravel(values[name]) for name in self.site_names])
 
 
 def target_from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> NumPyroTarget:
@@ -179,15 +180,7 @@ def target_from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> NumPyroTa
 
     Source: "Composable Effects for Flexible and Accelerated Probabilistic Programming in NumPyro", arXiv 1912.11554.
     """
-    leaves, layout = jax.tree_util.tree_flatten((model, args, kwargs))
-    arguments = tuple(jnp.asarray(leaf) for leaf in leaves if _is_array(leaf))
-    constants = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
-    unhashable = [leaf for leaf in leaves if not _is_array(leaf) and not isinstance(leaf, Hashable)]
-    if unhashable:
-        raise TypeError(
-            "the arguments of a model must be pytrees of arrays and of hashable values such as numbers, strings and "
-            f"functions, got a {type(unhashable[0]).__name__}."
-        )
+    call = model_call(model, args, kwargs)
     names: list[str] = []
 
     def unconstrained():
@@ -198,30 +191,23 @@ def target_from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> NumPyroTa
     shapes = [value.shape for value in jax.eval_shape(unconstrained)]
     if not names:
         raise ValueError("the model has no latent site: every sample site is observed.")
-    target = NumPyroTarget(arguments, constants, layout, tuple(zip(names, shapes, strict=True)))
+    target = NumPyroTarget(call, tuple(zip(names, shapes, strict=True)))
     jax.eval_shape(target.logdensity, jnp.zeros(target.event_shape))  # what the model cannot do, it says here
     return target
 
 
-def _numpyro():
-    """NumPyro, imported when a model is there."""
-    import numpyro.infer.util
-
-    return numpyro
-
-
-def _is_array(leaf):
-    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc")
+def _prototype(model, args, kwargs):
+    """A trace at some point of the supports."""
+    seeded = numpyro.handlers.substitute(
+        numpyro.handlers.seed(model, jax.random.key(0)), substitute_fn=numpyro.infer.init_to_uniform()
+    )
+    return numpyro.handlers.trace(seeded).get_trace(*args, **kwargs)
 
 
 def _latent_values(model, args, kwargs):
     """Unconstrained values of the latent sites, in their order; refuses sites that are no part of a density on R^d."""
-    numpyro = _numpyro()
-    seeded = numpyro.handlers.substitute(
-        numpyro.handlers.seed(model, jax.random.key(0)), substitute_fn=numpyro.infer.init_to_uniform()
-    )
     values = {}
-    for name, site in numpyro.handlers.trace(seeded).get_trace(*args, **kwargs).items():
+    for name, site in _prototype(model, args, kwargs).items():
         if site["type"] == "param":
             raise TypeError(
                 f"site {name!r} of the model is a param, which has no prior; make it a sample site or an argument."
@@ -238,7 +224,7 @@ def _latent_values(model, args, kwargs):
             raise TypeError(
                 f"site {name!r} of the model is latent and a point mass (Delta); make it a deterministic site."
             )
-        values[name] = numpyro.distributions.biject_to(site["fn"].support).inv(site["value"])
+        values[name] = biject_to(site["fn"].support).inv(site["value"])
     return values
 
 
@@ -250,12 +236,12 @@ def _constrain_all(target, samples):
 @jax.jit
 def _start(target, rng_key):
     """A valid start, and whether it is one."""
-    model, args, kwargs = target._bind()
-    (values, _, _), is_valid = _numpyro().infer.util.find_valid_initial_params(
+    model, args, kwargs = target.call.unpack()
+    (values, _, _), is_valid = numpyro.infer.util.find_valid_initial_params(
         rng_key,
         model,
         model_args=args,
         model_kwargs=kwargs,
         prototype_params={name: jnp.zeros(shape) for name, shape in target.sites},
     )
-    return jnp.concatenate([jnp.ravel(values[name]) for name in target.site_names]), is_valid
+    return target.join(values), is_valid

@@ -1,0 +1,232 @@
+"""Particle Gibbs for a diffusion site of a NumPyro model, as a NumPyro kernel.
+
+The site x ~ DiffusionPrior(model) is the end of the diffusion's reverse chain x_1, ..., x_0. Given all other sites, the
+chain has the law
+
+    pi(x_{0:n} | rest)  proportional to  (law of the chain) L(x_0),
+
+with L from the model's trace (`smcdiff.ppl.sites`), which conditional SMC with the twisted proposal leaves invariant
+for any number of particles (`smcdiff.smc.particle_gibbs`). The rest depends on the chain through x_0 alone, so that
+between two updates the chain's noisy samples stay, and what the twist says of them is computed anew
+(`FeynmanKac.retrace`).
+
+Sources: Andrieu, Doucet and Holenstein, "Particle Markov chain Monte Carlo methods", JRSS-B 72 (2010); Wu et al.,
+"Practical and Asymptotically Exact Conditional Sampling in Diffusion Models", arXiv 2306.17775.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from numpyro import handlers
+from numpyro.infer.mcmc import MCMCKernel
+
+from smcdiff.checks import check_count
+from smcdiff.density import DiffusionModel
+from smcdiff.diffusion import Marginal
+from smcdiff.guidance import Twist
+from smcdiff.ppl.call import model_call
+from smcdiff.ppl.sites import SiteLikelihood, local_twist, prior_of
+from smcdiff.schedules import log_snr_times
+from smcdiff.smc import FeynmanKac, particle_gibbs, tds
+from smcdiff.smc.conditional import Trajectory
+
+__all__ = ["ParticleGibbs", "ParticleGibbsKernelState"]
+
+
+class ParticleGibbsKernelState(NamedTuple):
+    """State of `ParticleGibbs`.
+
+    Attributes
+    ----------
+    z
+        The sample, under the name of its site.
+    path
+        The reverse chain that ends in it, of shape (num_steps + 1, *shape of the site).
+    rng_key
+        Key of the next step.
+    acceptance_rate
+        Share of the chain that the last step renewed; the sample itself is new where it is above 0.
+    ess
+        Least effective sample size of the last step.
+    num_invalid
+        Number of weights of the last step that were no numbers.
+    """
+
+    z: dict[str, Array]
+    path: Float[Array, "times *event"]
+    rng_key: PRNGKeyArray
+    acceptance_rate: Float[Array, ""]
+    ess: Float[Array, ""]
+    num_invalid: Int[Array, ""]
+
+
+class ParticleGibbs(MCMCKernel):
+    """NumPyro kernel for one site with a `DiffusionPrior`, given all others; exact for any number of particles.
+
+    A block of NumPyro's `Gibbs`, or a kernel of its own where the site is the only latent one. `smcdiff.infer` puts it
+    together with a kernel for the other sites.
+
+    Parameters
+    ----------
+    model
+        The NumPyro model.
+    num_particles
+        Particles, at least 2, of which one is the present chain.
+    num_steps
+        Reverse steps, on the grid uniform in log-SNR; the sample's prior is the law of that discrete chain.
+    twist
+        Twist of the locally linear-Gaussian problem, see `smcdiff.guidance`; chosen as in `smcdiff.tds` if omitted.
+    order
+        2 for the second-order chain, 1 for ancestral steps.
+    backward
+        Whether chains are drawn backward, which needs ``order=1``. Otherwise ancestors are traced.
+    ess_threshold, batch_size
+        See `smcdiff.particle_gibbs`.
+
+    Raises
+    ------
+    ValueError
+        If a count is out of range; by ``init``, if the block is not exactly one site with a `DiffusionPrior`.
+
+    Source: "Particle Markov chain Monte Carlo methods", JRSS-B 72 (2010).
+    """
+
+    sample_field = "z"
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        num_particles: int = 16,
+        num_steps: int = 50,
+        twist: Twist | None = None,
+        order: int = 2,
+        backward: bool = False,
+        ess_threshold: float = 0.5,
+        batch_size: int | None = None,
+    ):
+        check_count("num_particles", num_particles, 2)
+        check_count("num_steps", num_steps)
+        self._model = model
+        self._num_steps, self._twist, self._order = num_steps, twist, order
+        self._sampler = functools.partial(
+            particle_gibbs,
+            num_particles=num_particles,
+            backward=backward,
+            ess_threshold=ess_threshold,
+            batch_size=batch_size,
+        )
+
+    @property
+    def model(self):
+        """The NumPyro model."""
+        return self._model
+
+    @property
+    def default_fields(self):
+        """What `numpyro.infer.MCMC` collects."""
+        return (self.sample_field,)
+
+    def get_diagnostics_str(self, state: ParticleGibbsKernelState) -> str:
+        """Text of the progress bar."""
+        return f"{float(state.acceptance_rate):.0%} of the path renewed, ess {float(state.ess):.1f}"
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> ParticleGibbsKernelState:
+        """Start with one particle of the twisted proposal; ``init_params`` names the site."""
+        key_trace, key_path, rng_key = jax.random.split(rng_key, 3)
+        site, x = self._find_site(key_trace, list(init_params or ()), model_args, model_kwargs)
+        algorithm = self._sampler(self._chain(site, x, model_args, model_kwargs))
+        path = algorithm.init(None, key_path).position.particles.x
+        zero = jnp.zeros((), path.dtype)
+        return ParticleGibbsKernelState({site: path[-1]}, path, rng_key, zero, zero, jnp.zeros((), jnp.int32))
+
+    def sample(self, state: ParticleGibbsKernelState, model_args, model_kwargs) -> ParticleGibbsKernelState:
+        """One step of conditional SMC under the present values of the other sites."""
+        ((site, x),) = state.z.items()
+        rng_key, key_step = jax.random.split(state.rng_key)
+        fk = self._chain(site, x, model_args, model_kwargs)
+        algorithm = self._sampler(fk)
+        here = algorithm.init(Trajectory(*fk.retrace(state.path)), key_step)  # type: ignore[misc]
+        there, info = algorithm.step(key_step, here)
+        path = there.position.particles.x
+        return ParticleGibbsKernelState(
+            {site: path[-1]}, path, rng_key, info.acceptance_rate, jnp.min(info.ess), info.num_invalid
+        )
+
+    def refresh(self, state: ParticleGibbsKernelState, model_args, model_kwargs) -> ParticleGibbsKernelState:
+        """Nothing that the state holds depends on the other sites."""
+        return state
+
+    def wrap_model(self, wrapper: Callable) -> "ParticleGibbs":
+        """The same kernel for the model ``wrapper(model)``."""
+        kernel = copy.copy(self)
+        kernel._model = wrapper(self._model)
+        return kernel
+
+    def get_constrain_fn(self, model_args, model_kwargs) -> Callable:
+        """A diffusion's samples have no constraint."""
+        return lambda z: z
+
+    def postprocess_fn(self, model_args, model_kwargs) -> Callable:
+        """Adds the deterministic sites."""
+
+        def fn(z):
+            filled = handlers.substitute(handlers.seed(self._model, jax.random.key(0)), data=z)
+            sites = handlers.trace(filled).get_trace(*model_args, **(model_kwargs or {})).items()
+            return {**z, **{name: site["value"] for name, site in sites if site["type"] == "deterministic"}}
+
+        return fn
+
+    def _find_site(self, rng_key, names, args, kwargs):
+        """Name of the block's site, and a draw of its prior."""
+        trace = handlers.trace(handlers.seed(self._model, rng_key)).get_trace(*args, **(kwargs or {}))
+        latent = [n for n, site in trace.items() if site["type"] == "sample" and not site["is_observed"]]
+        names = names or latent
+        if len(names) != 1 or prior_of(trace[names[0]]) is None:
+            raise ValueError(
+                "ParticleGibbs moves one site with a DiffusionPrior, given all others, got the sites "
+                f"{names}; give each such site a block of its own, and the others another kernel."
+            )
+        return names[0], trace[names[0]]["value"]
+
+    def _chain(self, site, x, args, kwargs) -> FeynmanKac:
+        """The twisted sampler of the site, where the others are as ``kwargs`` has them."""
+        problem = SiteLikelihood(model_call(self._model, args, kwargs or {}), {}, site)
+        described = problem.trace(x)[site]
+        prior = prior_of(described)
+        assert prior is not None  # `init` has seen to that
+        diffusion = prior.model
+        for size in reversed(described["fn"].batch_shape):
+            diffusion = _Stack(diffusion, size)
+        times = log_snr_times(diffusion.schedule, self._num_steps)
+        return tds(diffusion, problem, times=times, twist=local_twist(self._twist), order=self._order)
+
+
+class _Stack(eqx.Module):
+    """Independent copies of a diffusion side by side, as a plate has them: one diffusion of their joint law."""
+
+    model: DiffusionModel
+    size: int = eqx.field(static=True)
+
+    @property
+    def schedule(self):
+        return self.model.schedule
+
+    @property
+    def event_shape(self):
+        return (self.size, *self.model.event_shape)
+
+    def denoise(self, x, t):
+        return jax.vmap(lambda x: self.model.denoise(x, t))(x)
+
+    def score(self, x, t):
+        return jax.vmap(lambda x: self.model.score(x, t))(x)
+
+    def at(self, t):
+        return Marginal(self, t)
