@@ -3,14 +3,15 @@
 A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
 """
 
-from smcdiff import analytic, compose, estimators, guidance, inverse, mcmc, nets, schedules, smc, targets
+from smcdiff import analytic, compose, estimators, guidance, inverse, mcmc, nets, ppl, schedules, smc, targets
 from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
 from smcdiff.checkpoints import held_out, load, models
 from smcdiff.diffusion import Diffusion, Marginal
 from smcdiff.inverse import InverseProblem
 from smcdiff.mixture import GaussianMixture
+from smcdiff.ode_density import ode_logdensity
 from smcdiff.posterior import posterior
-from smcdiff.ppl import target_from_numpyro
+from smcdiff.ppl import DiffusionPrior, infer, target_from_numpyro
 from smcdiff.reverse import reverse_sample, reverse_transition
 from smcdiff.reverse_diffusion import rdmc, rdmc_path, slips
 from smcdiff.run import Trace, run
@@ -33,6 +34,7 @@ from smcdiff.to_arviz import to_arviz
 
 __all__ = [
     "Diffusion",
+    "DiffusionPrior",
     "EmpiricalDiffusion",
     "FeynmanKac",
     "GaussianDiffusion",
@@ -51,6 +53,7 @@ __all__ = [
     "fkc",
     "guidance",
     "held_out",
+    "infer",
     "inverse",
     "load",
     "log_snr_times",
@@ -58,9 +61,11 @@ __all__ = [
     "mcmc",
     "models",
     "nets",
+    "ode_logdensity",
     "particle_gibbs",
     "particle_marginal_mh",
     "posterior",
+    "ppl",
     "rdmc",
     "rdmc_path",
     "reverse_sample",

@@ -4,6 +4,7 @@ Ranks and dtypes that only fit after silent promotion raise here: that is how sh
 The configuration is the tests', never the library's: `smcdiff` must run under a user's lenient JAX and under this one.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Tracing makes millions of objects that die at once or stay: the collector looks at them less often.
+gc.set_threshold(50_000, 20, 20)
+
 _MAPS = Path("/proc/self/maps")
 
 
@@ -34,7 +38,7 @@ def _free_programs():
     Not after every module: the small ones serve the next module too, and dropping takes seconds.
     """
     yield
-    if not _MAPS.exists() or _MAPS.read_bytes().count(b"\n") > 20_000:
+    if not _MAPS.exists() or _MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 

@@ -96,15 +96,15 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_walk_ends_in_the_product(name):
-    """Chains are independent: 4000 of them, 5 standard errors, six features; fails once in 300 000."""
+    """Chains are independent: 2000 of them, 5 standard errors, six features; fails once in 300 000."""
     kernel, scores_only = KERNELS[name]
     path = compose.product(*(map(ScorePath, parts()) if scores_only else parts()))
     fk = smcdiff.annealed_mcmc(
         path, times=TIMES, step_sizes=tuned().step_sizes, kernel=kernel, steps_per_level=6
     )
-    result = smcdiff.run_smc(jax.random.key(1), fk, 4000, chunk_size=40, progress=False)
+    result = smcdiff.run_smc(jax.random.key(1), fk, 2000, chunk_size=40, progress=False)
     found = features(result.particles[0])
-    z = (found.mean(0) - truth()[0]) / (found.std(0) / np.sqrt(4000))
+    z = (found.mean(0) - truth()[0]) / (found.std(0) / np.sqrt(2000))
     # With scores only the last step denoises at sigma = 0.018, an error below a tenth of a standard error.
     assert np.all(np.abs(z) < 5), z
 
@@ -113,8 +113,8 @@ def test_few_steps_are_not_enough_which_the_check_sees():
     fk = smcdiff.annealed_mcmc(
         compose.product(*parts()), times=TIMES[::8], step_sizes=tuned().step_sizes[7::8], steps_per_level=1
     )
-    found = features(smcdiff.run_smc(jax.random.key(1), fk, 4000, chunk_size=5, progress=False).particles[0])
-    assert np.abs((found.mean(0) - truth()[0]) / (found.std(0) / np.sqrt(4000))).max() > 8
+    found = features(smcdiff.run_smc(jax.random.key(1), fk, 2000, chunk_size=5, progress=False).particles[0])
+    assert np.abs((found.mean(0) - truth()[0]) / (found.std(0) / np.sqrt(2000))).max() > 8
 
 
 def test_importance_weights_are_exact_and_their_evidence_unbiased():

@@ -34,7 +34,9 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "annealing" else name for name in MINE]
+)
 def test_quick_run_writes_a_complete_record(name, tmp_path, capsys):
     if name == "digits":
         pytest.importorskip("sklearn")

@@ -145,7 +145,7 @@ def options(name):
     return tuple(KERNELS[name].items())
 
 
-def stationarity_errors(kernel, num_particles, num_steps=3, num_chains=40_000, fk=state_space):
+def stationarity_errors(kernel, num_particles, num_steps=3, num_chains=24_000, fk=state_space):
     """Errors of the moments after some steps from the exact posterior law of the trajectory."""
     mean, covariance = posterior()
     start = draw(jax.random.key(1), mean, covariance, num_chains)
@@ -156,13 +156,16 @@ def stationarity_errors(kernel, num_particles, num_steps=3, num_chains=40_000, f
 
 
 FEWEST = [("backward, multinomial, always", 2), ("traced, always", 2)]
+# With the others the discrete trajectories below suffice, but for one run of the CI.
+FAST = ("backward", "backward, multinomial, always", "traced")
+SETTINGS = [(name, 4) if name in FAST else pytest.param(name, 4, marks=pytest.mark.slow) for name in KERNELS]
 
 
-@pytest.mark.parametrize(("name", "num_particles"), [(name, 4) for name in KERNELS] + FEWEST)
+@pytest.mark.parametrize(("name", "num_particles"), SETTINGS + FEWEST)
 def test_the_law_of_trajectories_is_left_alone(name, num_particles):
     errors, info = stationarity_errors(options(name), num_particles)
     assert np.max(np.abs(errors)) < Z, errors
-    # The standard error of a mean is 1/200 of a deviation; and it did move.
+    # The standard error of a mean is 1/155 of a deviation; and it did move.
     assert np.mean(info.acceptance_rate) > 0.05 * num_particles
 
 
@@ -187,13 +190,13 @@ def with_wrong_increment(observed, particle_from, particle_to, k):
 def test_a_wrong_transition_is_seen(wrong):
     """The power of the test above: dropped weights, dropped densities, wrong increments."""
     errors, _ = stationarity_errors((), 4, fk=functools.partial(state_space, log_transition=wrong))
-    assert np.max(np.abs(errors)) > 2 * Z, errors
+    assert np.max(np.abs(errors)) > 1.5 * Z, errors
 
 
 @pytest.mark.parametrize("name", ["backward", "traced"])
 def test_joint_law_of_trajectory_and_measurements(name):
     """Geweke: alternate a step on x | y with a draw of y | x; the joint prior of (x, y) stays."""
-    num_chains, sweeps = 20_000, 6
+    num_chains, sweeps = 10_000, 6
     mean, covariance = prior()
     x = draw(jax.random.key(3), mean, covariance, num_chains)
     joint_mean = np.concatenate([mean, mean])
@@ -218,7 +221,7 @@ def test_ranks_of_the_truth_are_uniform(name):
     The chain runs from the truth in both directions of time, which is exact where the kernel is reversible, as these
     two are (Gandy and Scott, "Unit testing for MCMC and other Monte Carlo methods", arXiv 2001.06465).
     """
-    num_chains, length = 12_000, 5
+    num_chains, length = 6000, 5
     mean, covariance = prior()
     truth = draw(jax.random.key(5), mean, covariance, num_chains)
     y = truth + jnp.sqrt(R) * jax.random.normal(jax.random.key(6), truth.shape)
@@ -278,7 +281,7 @@ def test_the_whole_law_of_a_discrete_trajectory(name):
     law = np.exp(np.log(START[paths[:, 0]]) + moves + emitted.sum(1))
     law /= law.sum()
 
-    num_chains = 30_000
+    num_chains = 15_000
     start = np.random.default_rng(2).choice(len(paths), num_chains, p=law)
     position = Trajectory(paths[start], emitted[start].astype(np.float32))
     trace = smcdiff.run(
@@ -295,7 +298,7 @@ def test_the_whole_law_of_a_discrete_trajectory(name):
     common = law * num_chains >= 5
     observed = np.append(counts[common], counts[~common].sum())
     expected = np.append(law[common], law[~common].sum()) * num_chains
-    assert common.sum() > 120
+    assert common.sum() > 100
     assert stats.chisquare(observed, expected).pvalue > P
     np.testing.assert_allclose(trace.samples.log_increments[:, -1], np.log(EMIT[final, SYMBOLS]), rtol=1e-5)
 
@@ -328,11 +331,11 @@ def walk_transition(x_from, x_to, k):
 
 
 def test_backward_draws_renew_what_traced_ancestors_cannot():
-    fk = FeynmanKac(walk_init, walk_step, 60, walk_transition)
+    fk = FeynmanKac(walk_init, walk_step, 50, walk_transition)
     renewed = {}
     for backward in (False, True):
         algorithm = particle_gibbs(fk, 5, backward=backward)
-        trace = smcdiff.run(jax.random.key(11), algorithm, 40, num_chains=50, progress=False)
+        trace = smcdiff.run(jax.random.key(11), algorithm, 20, num_chains=30, progress=False)
         renewed[backward] = trace.info.renewed.mean((0, 1))
     assert renewed[False][0] < 0.1 and renewed[True][0] > 0.5, renewed
     assert np.all(renewed[True] > 0.5)
@@ -343,10 +346,12 @@ RESAMPLED = np.array([0.35, 0.05, 0.42, 0.18], np.float32)
 
 def test_conditional_systematic_is_systematic_given_the_survivor():
     """Systematic resampling, slots counted from a random one, kept where slot 0 holds particle 0."""
-    num_draws = 60_000
+    num_draws = 30_000
     keys = jax.random.split(jax.random.key(12), num_draws)
-    drawn = np.asarray(jax.vmap(conditional_systematic, (0, None))(keys, RESAMPLED))
-    sorted_draws = np.asarray(jax.vmap(systematic, (0, None, None))(keys, RESAMPLED, 4))
+    drawn = np.asarray(jax.jit(jax.vmap(conditional_systematic, (0, None)))(keys, RESAMPLED))
+    sorted_draws = np.asarray(
+        jax.jit(jax.vmap(lambda key, w: systematic(key, w, 4), (0, None)))(keys, RESAMPLED)
+    )
     shifts = np.random.default_rng(3).integers(0, 4, num_draws)
     shifted = np.take_along_axis(sorted_draws, (shifts[:, None] + np.arange(4)) % 4, axis=1)
     kept = shifted[shifted[:, 0] == 0]
@@ -360,7 +365,7 @@ def test_conditional_systematic_is_systematic_given_the_survivor():
 
 def test_conditional_multinomial_draws_the_others_independently():
     keys = jax.random.split(jax.random.key(13), 60_000)
-    drawn = np.asarray(jax.vmap(conditional_multinomial, (0, None))(keys, RESAMPLED))
+    drawn = np.asarray(jax.jit(jax.vmap(conditional_multinomial, (0, None)))(keys, RESAMPLED))
     assert np.all(drawn[:, 0] == 0)
     counts = np.bincount(drawn[:, 1:] @ 4 ** np.arange(3), minlength=64)
     exact = np.einsum("i,j,k->kji", RESAMPLED, RESAMPLED, RESAMPLED).ravel().astype(float)
@@ -371,7 +376,7 @@ def test_conditional_multinomial_draws_the_others_independently():
 def test_dead_particles_are_drawn_by_none_but_the_pinned_one(resampling_fn):
     weights = jnp.array([0.0, 0.5, 0.0, 0.5])
     keys = jax.random.split(jax.random.key(14), 1000)
-    drawn = np.asarray(jax.vmap(resampling_fn, (0, None))(keys, weights))
+    drawn = np.asarray(jax.jit(jax.vmap(resampling_fn, (0, None)))(keys, weights))
     assert np.all(drawn[:, 0] == 0) and np.all(np.isin(drawn[:, 1:], [1, 3]))
 
 
@@ -438,20 +443,20 @@ def chain_posterior(order):
 
 @pytest.mark.parametrize(("order", "backward"), [(1, True), (2, False)])
 def test_posterior_of_a_mixture_under_the_twisted_sampler(order, backward):
-    """One particle moved along is a bad start; 30 steps of 4 particles forget it."""
+    """One particle moved along is a bad start; 20 steps of 4 particles forget it."""
     trace = smcdiff.run(
         jax.random.key(15),
         particle_gibbs(twisted(order), 4, backward=backward),
-        30,
-        num_chains=8000,
+        20,
+        num_chains=3000,
         transform=last_sample,
-        thin=30,
+        thin=20,
         progress=False,
     )
     x = trace.samples[:, -1, 0].astype(float)
     features = np.stack([x, x**2, x > 0.3], axis=1)
     standard_error = features.std(0) / np.sqrt(len(x))
-    assert np.all(standard_error < [0.02, 0.03, 0.006])
+    assert np.all(standard_error < [0.03, 0.05, 0.01])
     errors = (features.mean(0) - chain_posterior(order)) / standard_error
     assert np.max(np.abs(errors)) < Z, errors
 
@@ -471,8 +476,8 @@ def test_transition_of_the_twisted_sampler():
 
         return jax.lax.scan(step, fk.init(key)[0], jnp.arange(fk.num_steps))[1]
 
-    before, after, increment, log_density, log_potential = jax.vmap(follow)(
-        jax.random.split(jax.random.key(16), 50)
+    before, after, increment, log_density, log_potential = jax.tree.map(
+        np.asarray, jax.jit(jax.vmap(follow))(jax.random.split(jax.random.key(16), 50))
     )
     np.testing.assert_allclose(log_potential, increment, rtol=1e-4, atol=1e-4)
     assert np.all(np.isneginf(log_density[:, -1]))  # the last move has no noise
@@ -534,7 +539,8 @@ def test_a_new_model_of_the_same_shape_does_not_trace_again():
 def test_a_threshold_for_each_step_is_a_schedule():
     schedule = np.array([0.0, 1.0, 1.0, 0.0], np.float32)
     algorithm = particle_gibbs(state_space(OBSERVED), 4, ess_threshold=schedule)
-    _, info = algorithm.step(jax.random.key(23), algorithm.init(None, jax.random.key(22)))
+    start = jax.jit(lambda algorithm: algorithm.init(None, jax.random.key(22)))(algorithm)
+    _, info = jax.jit(lambda algorithm, state: algorithm.step(jax.random.key(23), state))(algorithm, start)
     np.testing.assert_array_equal(info.resampled, schedule == 1.0)
 
 

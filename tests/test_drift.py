@@ -23,7 +23,7 @@ STEPS, PARTICLES = SIZES["score"]
 @functools.cache
 def drift_of(name):
     return fit_drift(
-        jax.random.key(100), CASES[name][0](*parts()), times=times(STEPS), num_particles=500, batch_size=None
+        jax.random.key(100), CASES[name][0](*parts()), times=times(STEPS), num_particles=200, batch_size=None
     )
 
 

@@ -158,12 +158,18 @@ def check(*args, **options):
     return errors
 
 
-FAST = ("product", "guidance", "contrast", "temper 3", "quadratic reward")
+FAST = {
+    *[(name, "score") for name in ("product", "guidance", "contrast", "temper 3", "quadratic reward")],
+    *[(name, "density") for name in ("guidance", "quadratic reward")],
+}
 
 
-@pytest.mark.parametrize("weights", SIZES)
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("name", "weights"),
+    [
+        case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(CASES, SIZES)
+    ],
 )
 def test_law_and_evidence_are_exact(name, weights):
     check(1, name, weights=weights)

@@ -18,8 +18,8 @@ MODULES = ["smcdiff"] + sorted(
     if not module.name.endswith("__main__") and "._models" not in module.name
 )
 
-# Imports every module in a fresh process and reports what this has changed there. The dependencies come first: BlackJAX
-# evaluates log(2) when it is imported, which is not ours to answer for.
+# Imports modules in a fresh process and reports what this has changed there, and what the first has brought along.
+# The dependencies come first: BlackJAX evaluates log(2) when it is imported, which is not ours to answer for.
 PROBE = """
 import importlib, json, os, sys, warnings
 import jax, numpy
@@ -45,13 +45,15 @@ def state():
 before = state()
 warnings_seen = []
 warnings.showwarning = lambda message, *_, **__: warnings_seen.append(repr(message))
-for name in sys.argv[1:]:
+importlib.import_module(sys.argv[1])
+optional = [name for name in ("torch", "diffusers", "sklearn", "h5netcdf") if name in sys.modules]
+for name in sys.argv[2:]:
     importlib.import_module(name)
 after = state()
 print(json.dumps({
     "changed": {what: [before[what], after[what]] for what in before if before[what] != after[what]},
     "warnings": warnings_seen,
-    "optional": [name for name in ("torch", "diffusers", "sklearn", "h5netcdf") if name in sys.modules],
+    "optional": optional,
 }))
 """
 
@@ -63,14 +65,18 @@ def _probe(*modules):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_import_makes_no_array_and_configures_nothing():
-    found = _probe(*MODULES)
+@pytest.fixture(scope="module")
+def found():
+    return _probe(*MODULES)
+
+
+def test_import_makes_no_array_and_configures_nothing(found):
     assert found["changed"] == {}
     assert found["warnings"] == []
 
 
-def test_import_needs_no_optional_package():
-    found = _probe("smcdiff")
+def test_import_needs_no_optional_package(found):
+    assert MODULES[0] == "smcdiff"
     # ArviZ 0.x reads h5netcdf itself.
     assert set(found["optional"]) <= {"h5netcdf"}
 

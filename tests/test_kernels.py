@@ -63,7 +63,7 @@ def z_scores(before, after):
     return change.mean(0) / (change.std(0, ddof=1) / np.sqrt(len(change)) + 1e-12)
 
 
-def check_stationarity(algorithm, target, num_chains=4000, num_steps=25, seed=0):
+def check_stationarity(algorithm, target, num_chains=2000, num_steps=20, seed=0):
     """z-scores of all features; the acceptance rate must leave something to test."""
     start = target.sample(seed, num_chains)
     positions = jnp.asarray(start, jnp.float32)
@@ -227,20 +227,20 @@ def test_the_check_finds_a_momentum_that_is_not_turned_round():
         return new._replace(momentum=momentum), info
 
     wrong = algorithm._replace(step=Partial(without_flip, *step.args))
-    assert np.all(np.abs(check_stationarity(algorithm, target, 20_000)) < BOUND)
-    assert np.abs(check_stationarity(wrong, target, 20_000)).max() > 2 * BOUND
+    assert np.all(np.abs(check_stationarity(algorithm, target, 20_000, 25)) < BOUND)
+    assert np.abs(check_stationarity(wrong, target, 20_000, 25)).max() > 2 * BOUND
 
 
 def test_blackjax_kernels_run_on_the_same_targets():
     target = targets(2)["mixture"]
-    start = target.sample(0, 2000)
+    start = target.sample(0, 1000)
     algorithm = blackjax.nuts(target.density().logdensity, 0.4, jnp.ones(2))
     trace = smcdiff.run(
         jax.random.key(0),
         algorithm,
         5,
         position=jnp.asarray(start, jnp.float32),
-        num_chains=2000,
+        num_chains=1000,
         chunk_size=5,
         progress=False,
     )

@@ -29,8 +29,14 @@ def _narrow(x):
     return -2.0 * jnp.sum((x - 3.0) ** 2)
 
 
+def _log_parts(x, variance):
+    """Log of the weighted densities at ``x`` of the mixture's parts, each with this variance."""
+    squares = jnp.sum((x[None] - jnp.asarray(MEANS, x.dtype)) ** 2, axis=1)
+    return jnp.asarray(np.log(WEIGHTS), x.dtype) - 0.5 * squares / variance - jnp.log(2 * jnp.pi * variance)
+
+
 def _log_density(x):
-    return MIXTURE.logdensity(x) + LOG_EVIDENCE
+    return jax.nn.logsumexp(_log_parts(x, VARIANCE)) + LOG_EVIDENCE
 
 
 class _Exact(ScoreEstimator):
@@ -39,12 +45,31 @@ class _Exact(ScoreEstimator):
     has_marginal: ClassVar[bool] = True
 
     def __call__(self, rng_key, target, centre, width, state):
-        posterior = MIXTURE.denoising_posterior(centre, jnp.ones_like(width), width)
-        mean, draw = posterior.mean(), posterior.sample(rng_key, 1)[0]
-        marginal = MIXTURE.diffuse(jnp.ones_like(width), width).logdensity(centre) + LOG_EVIDENCE
-        variance = jnp.trace(posterior.covariance()) / centre.size
+        log_parts = _log_parts(centre, VARIANCE + width**2)
+        means = (VARIANCE * centre[None] + width**2 * jnp.asarray(MEANS, centre.dtype)) / (
+            VARIANCE + width**2
+        )
+        variance = VARIANCE * width**2 / (VARIANCE + width**2)
+        shares = jax.nn.softmax(log_parts)
+        mean = shares @ means
+        key_part, key_noise = jax.random.split(rng_key)
+        part = (jax.random.uniform(key_part, (), centre.dtype) > shares[0]).astype(int)
+        draw = means[part] + jnp.sqrt(variance) * jax.random.normal(key_noise, centre.shape, centre.dtype)
+        variance += shares @ jnp.sum((means - mean[None]) ** 2, axis=1) / centre.size
+        marginal = jax.nn.logsumexp(log_parts) + LOG_EVIDENCE
         one = jnp.ones((), centre.dtype)
         return Estimate(mean, draw, variance, marginal, one, jnp.asarray(True), 1), state
+
+
+def _share(x, means=MEANS, variance=VARIANCE):
+    """Probability of the first part given ``x`` of shape (..., 2): its expectation is the part's weight."""
+    squares = np.sum((np.asarray(x, float)[..., None, :] - means) ** 2, axis=-1)
+    odds = (
+        WEIGHTS[1]
+        / WEIGHTS[0]
+        * np.exp(np.clip(0.5 * (squares[..., 0] - squares[..., 1]) / variance, -99, 99))
+    )
+    return 1 / (1 + odds)
 
 
 def _path(estimator, target=_log_density, event_shape=2):
@@ -55,14 +80,14 @@ def _positions(result):
     return np.asarray(result.particles.position, float).reshape(-1, *result.particles.position.shape[2:])
 
 
-@pytest.mark.parametrize("num", [2000, pytest.param(40_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [600, pytest.param(40_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transition", ["mean", "draw"])
 def test_variance_of_a_narrow_gaussian(transition, num):
     """N(3, .25) by 128 proposals a step: the implementation that others copied gives .96."""
     estimator = estimators.importance(128, reference=(1.0, 3.0), identity="combined")
     fk = rdmc(_path(estimator, _narrow, 1), times=log_snr_times(SCHEDULE, 40), transition=transition)
     x = _positions(run_smc(jax.random.key(0), fk, num, progress=False))
-    # The variance is known to .25 sqrt(2 / num) = .008, and .0018 for the larger number; .005 is left to the steps.
+    # The variance is known to .25 sqrt(2 / num) = .015, and .0018 for the larger number; .005 is left to the steps.
     assert abs(x.mean() - 3.0) < 0.005 + Z * 0.5 / math.sqrt(num)
     assert abs(x.var() - 0.25) < 0.005 + (Z if num < 10_000 else 2.0) * 0.25 * math.sqrt(2 / num)
 
@@ -98,17 +123,23 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("a known start", "slips, geometric") else name
+        for name in SAMPLERS
+    ],
+)
 def test_the_law_of_a_mixture_with_exact_posteriors(name):
     """Draws of the posterior make no error at any number of steps; means one of first order in the step."""
-    num = 4000
+    num = 3000
     result = run_smc(jax.random.key(1), SAMPLERS[name](_Exact()), num, progress=False)
     _check_mixture(_positions(result), num, slack=1.0 if "mean" in name else 0.0)
 
 
 def _check_mixture(x, num, slack=0.0):
     """Weights, means and variances of the mixture's parts, to 5 standard errors and what is left to a bias."""
-    share = np.asarray(jax.vmap(MIXTURE.responsibilities)(jnp.asarray(x, jnp.float32)), float)[:, 0]
+    share = _share(x)
     assert abs(share.mean() - WEIGHTS[0]) < (Z + slack) * share.std() / math.sqrt(num)
     mean = WEIGHTS @ MEANS
     assert np.all(np.abs(x.mean(0) - mean) < (Z + slack) * x.std(0) / math.sqrt(num))
@@ -122,7 +153,7 @@ def _check_mixture(x, num, slack=0.0):
     "estimator",
     [
         estimators.importance(24, reference=REFERENCE, antithetic=False),
-        estimators.rejection(96, reference=REFERENCE),  # with a running bound that is none
+        estimators.rejection(48, reference=REFERENCE),  # with a running bound that is none
         estimators.annealed_importance(4, 4, reference=REFERENCE, identity="combined"),
         _Exact(),
     ],
@@ -142,7 +173,7 @@ def test_evidence_is_unbiased(estimator):
     # Of a run: so small that five standard errors are below the error of a factor 1/2, and not by chance exact.
     assert 0.02 < ratios.std() < 1.3
     # The weighted share of the first mode, by the same argument.
-    share = jax.vmap(jax.vmap(MIXTURE.responsibilities))(jnp.asarray(result.particles.position))[..., 0]
+    share = _share(result.particles.position)
     masses = ratios * np.sum(np.exp(result.log_weights) * share, axis=1)
     assert abs(masses.mean() - WEIGHTS[0]) < Z * masses.std() / math.sqrt(200)
 
@@ -153,37 +184,40 @@ def test_weights_mend_what_bad_estimates_break():
     times, shares = log_snr_times(SCHEDULE, 25, log_snr_max=3.0), []
     for weights in ("none", "marginal"):
         fk = rdmc(path, times=times, weights=weights, start=REFERENCE)
-        result = run_smc(jax.random.key(3), fk, 4000, num_chains=4, progress=False)
-        share = jax.vmap(jax.vmap(MIXTURE.responsibilities))(jnp.asarray(result.particles.position))[..., 0]
+        result = run_smc(jax.random.key(3), fk, 500, num_chains=8, progress=False)
+        share = _share(result.particles.position)
         shares.append(np.sum(np.exp(np.asarray(result.log_weights, float)) * share, axis=1))
-    error = shares[1].std(ddof=1) / 2
+    error = shares[1].std(ddof=1) / math.sqrt(8)
     assert abs(shares[1].mean() - WEIGHTS[0]) < max(Z * error, 0.02)
     assert abs(shares[0].mean() - WEIGHTS[0]) > 0.03
 
 
 def test_the_path_is_a_function_and_a_model():
     path = _path(estimators.importance(64, reference=REFERENCE))
-    x, t = jnp.asarray([0.3, -0.2]), jnp.asarray(0.4)
-    again = path.score(x, t)
-    np.testing.assert_array_equal(path.score(x, t), again)
-    np.testing.assert_allclose(jax.jit(lambda x, t: path.score(x, t))(x, t), again, rtol=1e-5)
-    near = jnp.asarray([0.3, -0.2 + 1e-6])
-    assert np.abs(path.score(near, t) - again).max() > 1e-4  # other random numbers at once
-    assert np.abs(path.score(x, t + 1e-6) - again).max() > 1e-4
+    t, later = np.float32(0.4), np.float32(0.4 + 1e-6)
+    score = jax.jit(lambda x, t: path.score(x, t))
+    both = jax.jit(lambda xs, t: jax.vmap(lambda x: (path.score(x, t), path.denoise(x, t)))(xs))
+    x, near = np.array([0.3, -0.2], np.float32), np.array([0.3, -0.2 + 1e-6], np.float32)
+    again = score(x, t)
+    np.testing.assert_array_equal(score(x, t), again)
+    assert np.abs(score(near, t) - again).max() > 1e-4  # other random numbers at once
+    assert np.abs(score(x, later) - again).max() > 1e-4
     # Means over the errors of many points are those of independent ones.
-    xs = x[None] + 1e-4 * jax.random.normal(jax.random.key(0), (2000, 2))
-    found = np.asarray(jax.vmap(path.denoise, (0, None))(xs, t), float)
+    xs = x + np.float32(1e-4) * np.random.default_rng(0).normal(size=(2000, 2)).astype(np.float32)
+    xs[0] = x
+    scores, found = (np.asarray(values, float) for values in both(xs, t))
+    np.testing.assert_allclose(scores[0], again, rtol=1e-5)  # in a batch as alone
     alpha, sigma = SCHEDULE.alpha(t), SCHEDULE.sigma(t)
-    exact = np.asarray(MIXTURE.denoise(x, alpha, sigma))
+    exact = np.asarray(jax.jit(lambda x: MIXTURE.denoise(x, alpha, sigma))(x))
     assert np.all(np.abs(found.mean(0) - exact) < Z * found.std(0) / math.sqrt(2000) + 0.03)
     assert np.all(np.abs(np.corrcoef(found[1:, 0], found[:-1, 0])[0, 1]) < Z / math.sqrt(2000))
 
 
 def test_reverse_sampler_runs_on_the_path():
     path = _path(estimators.importance(128, reference=REFERENCE, identity="combined"))
-    times, num = log_snr_times(SCHEDULE, 50), 1500
+    times, num = log_snr_times(SCHEDULE, 40), 1000
     samples = np.asarray(reverse_sample(jax.random.key(4), path, times, num, batch_size=500), float)
-    share = np.asarray(jax.vmap(MIXTURE.responsibilities)(jnp.asarray(samples, jnp.float32)))[:, 0]
+    share = _share(samples)
     assert abs(share.mean() - WEIGHTS[0]) < Z * share.std() / math.sqrt(num) + 0.01
 
 
@@ -194,7 +228,8 @@ def test_a_kernel_on_the_path_is_pseudo_marginal():
     path = _path(estimators.importance(2, reference=REFERENCE))
     t = jnp.asarray(0.15)
     density = path.at(t)
-    law = MIXTURE.diffuse(SCHEDULE.alpha(t), SCHEDULE.sigma(t))
+    alpha, sigma = float(SCHEDULE.alpha(t)), float(SCHEDULE.sigma(t))
+    means, variance = alpha * MEANS, alpha**2 * VARIANCE + sigma**2
 
     def chain(key, x):
         # A start from p_t alone is not stationary: the estimate there must be drawn with its own weight.
@@ -212,25 +247,30 @@ def test_a_kernel_on_the_path_is_pseudo_marginal():
         return end.position, jnp.mean(infos.is_accepted)
 
     num = 4000
-    starts = law.sample(jax.random.key(5), num)
+    rng = np.random.default_rng(5)
+    starts = means[rng.choice(2, num, p=WEIGHTS)] + math.sqrt(variance) * rng.normal(size=(num, 2))
+    starts = jnp.asarray(starts, jnp.float32)
     ends, accepted = jax.jit(jax.vmap(chain))(jax.random.split(jax.random.key(6), num), starts)
-    assert 0.2 < float(jnp.mean(accepted)) < 0.9
-    share = np.asarray(jax.vmap(law.responsibilities)(ends), float)[:, 0]
+    ends = np.asarray(ends, float)
+    assert 0.2 < np.mean(accepted) < 0.9
+    share = _share(ends, means, variance)
     assert abs(share.mean() - WEIGHTS[0]) < Z * share.std() / math.sqrt(num)
-    ends, covariance = np.asarray(ends, float), np.asarray(law.covariance(), float)
-    assert np.all(np.abs(ends.mean(0) - np.asarray(law.mean())) < Z * ends.std(0) / math.sqrt(num))
+    mean = WEIGHTS @ means
+    assert np.all(np.abs(ends.mean(0) - mean) < Z * ends.std(0) / math.sqrt(num))
     # Fourth moments of a mixture: its variance is known to less than sqrt(3 / num).
-    assert np.all(np.abs(ends.var(0) / np.diag(covariance) - 1) < Z * math.sqrt(3 / num))
+    expected = variance + WEIGHTS @ (means - mean) ** 2
+    assert np.all(np.abs(ends.var(0) / expected - 1) < Z * math.sqrt(3 / num))
 
 
 def test_counts_and_flags_travel_with_the_particle():
     estimator = estimators.chains(2, 6, num_starts=20, num_first_steps=8)
-    fk = rdmc(_path(estimator), times=log_snr_times(SCHEDULE, 5), num_langevin_steps=3)
+    times, target = log_snr_times(SCHEDULE, 5), lambda x: -jnp.sum(x**2)
+    fk = rdmc(_path(estimator, target), times=times, num_langevin_steps=3)
     result = run_smc(jax.random.key(7), fk, 10, progress=False)
     # A start of 20 proposals and 2 chains of 9 evaluations, then 3 + 1 + 4 estimates of 2 chains of 7.
     assert np.all(result.particles.num_evaluations == 20 + 2 * 9 + 8 * 2 * 7)
     assert np.all(result.particles.num_invalid == 0)
-    fk = rdmc(_path(estimators.rejection(4, log_bound=1e3)), times=log_snr_times(SCHEDULE, 5))
+    fk = rdmc(_path(estimators.rejection(4, log_bound=1e3), target), times=times)
     result = run_smc(jax.random.key(7), fk, 10, progress=False)
     assert np.all(result.particles.num_invalid == 5) and np.all(result.particles.least_ess == 0)
 

@@ -58,6 +58,10 @@ def _many(resample, keys, weights, num_samples):
     return jax.vmap(lambda key: resample(key, weights, num_samples))(keys)
 
 
+_one = jax.jit(lambda resample, key, weights, num: resample(key, weights, num), static_argnums=(0, 3))
+_from_log_weights = jax.jit(resample_from_log_weights, static_argnums=(0, 3))
+
+
 def _counts(resample, weights, num_samples, num_keys, seed=0):
     """Offspring (num_keys, N) of independent resamplings."""
     indices = _many(resample, jax.random.split(jax.random.key(seed), num_keys), weights, num_samples)
@@ -165,13 +169,12 @@ def test_one_hot_weight(resample):
         assert np.array_equal(indices, np.full((5, num_samples), winner))
 
 
-def test_is_deterministic_in_its_key_and_works_compiled(resample):
+def test_is_deterministic_in_its_key_and_works_in_batches(resample):
     weights, keys = jnp.asarray(WEIGHTS, jnp.float32), jax.random.split(jax.random.key(7), 3)
     num_samples = _size(resample, 37)
-    eager = np.stack([resample(key, weights, num_samples) for key in keys])
-    compiled = _many(resample, keys, weights, num_samples)
-    assert np.array_equal(eager, compiled)
-    assert len(np.unique(eager, axis=0)) > 1
+    alone = np.stack([_one(resample, key, weights, num_samples) for key in keys])
+    assert np.array_equal(alone, _many(resample, keys, weights, num_samples))
+    assert len(np.unique(alone, axis=0)) > 1
 
 
 def test_log_weights(resample):
@@ -181,13 +184,13 @@ def test_log_weights(resample):
     )
     log_weights = log_weights.astype(jnp.float32)
     size = _size(resample, 40)
-    indices = resample_from_log_weights(resample, key, log_weights, size)
-    assert np.array_equal(indices, resample(key, jax.nn.softmax(log_weights), size))
+    indices = _from_log_weights(resample, key, log_weights, size)
+    assert np.array_equal(indices, _one(resample, key, jax.nn.softmax(log_weights), size))
     # A power of two keeps the shifted values exact where they are of its size, so that the indices are equal.
-    shifted = jnp.round(log_weights * 1024) / 1024
+    shifted = np.round(np.asarray(log_weights) * np.float32(1024)) / np.float32(1024)
     assert np.array_equal(
-        resample_from_log_weights(resample, key, shifted, size),
-        resample_from_log_weights(resample, key, shifted - 4096.0, size),
+        _from_log_weights(resample, key, shifted, size),
+        _from_log_weights(resample, key, shifted - np.float32(4096), size),
     )
     assert np.all(WEIGHTS[np.asarray(indices)] > 0)  # minus infinity is never drawn
     draw = partial(resample_from_log_weights, resample)
@@ -335,12 +338,13 @@ def test_killing_keeps_whoever_survives_in_its_place():
 
 
 @pytest.mark.parametrize("bits", [0, 2**32 - 1])
-@pytest.mark.parametrize("seed", range(4))
-def test_the_outermost_points_have_owners(monkeypatch, bits, seed):
+def test_the_outermost_points_have_owners(monkeypatch, bits):
     """Expected offspring sum to N to the last unit of 2^-32; random points would hardly notice if they did not."""
-    weights = _weights(5000, seed=seed)
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(bits, dtype))
-    counts = np.bincount(systematic(jax.random.key(0), weights, 5000), minlength=5000)
-    expected = 5000 * np.asarray(weights, float) / np.asarray(weights, float).sum()
-    assert counts.size == 5000 and counts.sum() == 5000
-    assert np.all(np.abs(counts - expected) < 1 + 1e-6 * expected)
+    draw = jax.jit(lambda weights: systematic(jax.random.key(0), weights, 5000))
+    for seed in range(4):
+        weights = _weights(5000, seed=seed)
+        counts = np.bincount(draw(weights), minlength=5000)
+        expected = 5000 * np.asarray(weights, float) / np.asarray(weights, float).sum()
+        assert counts.size == 5000 and counts.sum() == 5000
+        assert np.all(np.abs(counts - expected) < 1 + 1e-6 * expected)

@@ -4,6 +4,7 @@ z-tests use a bound of 5 standard errors, estimated from independent runs: a fal
 about 6e-7 a check under normality, and keys are fixed.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,18 +74,20 @@ def test_evidence_error_falls_with_the_root_of_the_number_of_particles(case):
 
 def test_resampling_resets_weights_and_skipping_carries_them(case):
     num_particles = 64
-    state = smc(case.fk, num_particles).init(None, jax.random.key(4))
+    call = eqx.filter_jit(lambda function, *args: function(*args))
+    state = call(smc(case.fk, num_particles).init, None, jax.random.key(4))
     never = smc(case.fk, num_particles, ess_threshold=0.0)
     always = smc(case.fk, num_particles, ess_threshold=1.0)
-    kept, info_kept = never.step(jax.random.key(5), state)
-    reset, info_reset = always.step(jax.random.key(5), state)
+    kept, info_kept = call(never.step, jax.random.key(5), state)
+    reset, info_reset = call(always.step, jax.random.key(5), state)
     assert not info_kept.resampled and info_reset.resampled
     assert np.array_equal(info_kept.ancestors, np.arange(num_particles))
 
     # Weigh by hand: the same key moves the particles, so increments can be recomputed one by one.
     _, key_move = jax.random.split(jax.random.key(5))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key_move, jnp.arange(num_particles))
-    moved, increments = jax.vmap(case.fk.step, (0, 0, None))(keys, state.particles, jnp.asarray(0))
+    move = jax.jit(jax.vmap(case.fk.step, (0, 0, None)))
+    moved, increments = move(keys, state.particles, jnp.asarray(0))
     carried = np.asarray(state.log_weights + increments, float)
     np.testing.assert_allclose(kept.log_weights, carried - np.logaddexp.reduce(carried), atol=1e-5)
     np.testing.assert_allclose(
@@ -93,7 +96,7 @@ def test_resampling_resets_weights_and_skipping_carries_them(case):
     jax.tree.map(np.testing.assert_array_equal, kept.particles, moved)
 
     parents = jax.tree.map(lambda leaf: leaf[info_reset.ancestors], state.particles)
-    _, increments = jax.vmap(case.fk.step, (0, 0, None))(keys, parents, jnp.asarray(0))
+    _, increments = move(keys, parents, jnp.asarray(0))
     fresh = np.asarray(increments, float)
     np.testing.assert_allclose(reset.log_weights, fresh - np.logaddexp.reduce(fresh), atol=1e-5)
     np.testing.assert_allclose(

@@ -13,6 +13,7 @@ from smcdiff.mcmc.diffusive_gibbs import DiffusiveGibbsInfo, DiffusiveGibbsState
 from smcdiff.mcmc.geodesic_slice import geodesic_slice
 from smcdiff.mcmc.hamiltonian import HamiltonianInfo, HamiltonianState, ghmc, hmc, uhmc
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
+from smcdiff.mcmc.independence import IndependenceInfo, IndependenceState, independence
 from smcdiff.mcmc.langevin import UnderdampedInfo, UnderdampedState, mala, ula, underdamped
 from smcdiff.mcmc.levels import TemperedPath, TunedLevels, equal_rejection_levels, tempered, tune_levels
 from smcdiff.mcmc.log_concave_chain import LogConcaveChainInfo, LogConcaveChainState, log_concave_chain
@@ -36,6 +37,8 @@ __all__ = [
     "GibbsInfo",
     "HamiltonianInfo",
     "HamiltonianState",
+    "IndependenceInfo",
+    "IndependenceState",
     "LogConcaveChainInfo",
     "LogConcaveChainState",
     "MixtureInfo",
@@ -67,6 +70,7 @@ __all__ = [
     "gibbs",
     "hit_and_run_slice",
     "hmc",
+    "independence",
     "log_concave_chain",
     "mala",
     "mixture",

@@ -8,9 +8,10 @@ A network is its own set of weights (all its leaves are arrays), takes ONE sampl
 like the sample; see `smcdiff.nets.unet` for images and `smcdiff.nets.mlp` for vectors.
 """
 
+from smcdiff.nets.flow import ConditionalFlow
 from smcdiff.nets.layers import apply_network
 from smcdiff.nets.mlp import MLP
 from smcdiff.nets.training import NoiseLevels, denoising_loss, train
 from smcdiff.nets.unet import UNet
 
-__all__ = ["MLP", "NoiseLevels", "UNet", "apply_network", "denoising_loss", "train"]
+__all__ = ["MLP", "ConditionalFlow", "NoiseLevels", "UNet", "apply_network", "denoising_loss", "train"]

@@ -2,17 +2,29 @@
 
 from smcdiff.ppl.diffusion_prior import DiffusionPrior
 from smcdiff.ppl.infer import gibbs_sweep, infer
+from smcdiff.ppl.infer_smc import infer_smc
+from smcdiff.ppl.kernel import as_numpyro_kernel
+from smcdiff.ppl.marginal import MarginalModel, marginalize
 from smcdiff.ppl.particle_gibbs import ParticleGibbs
+from smcdiff.ppl.particle_marginal import ParticleMarginal
+from smcdiff.ppl.proposal import LearnedProposal, learn_proposal
 from smcdiff.ppl.sites import SiteLikelihood, local_twist
 from smcdiff.ppl.target import NumPyroTarget, target_from_numpyro
 
 __all__ = [
     "DiffusionPrior",
+    "LearnedProposal",
+    "MarginalModel",
     "NumPyroTarget",
     "ParticleGibbs",
+    "ParticleMarginal",
     "SiteLikelihood",
+    "as_numpyro_kernel",
     "gibbs_sweep",
     "infer",
+    "infer_smc",
+    "learn_proposal",
     "local_twist",
+    "marginalize",
     "target_from_numpyro",
 ]

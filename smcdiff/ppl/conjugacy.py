@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from smcdiff.ppl.call import ModelCall
-from smcdiff.ppl.dependence import Dependence, inlined, is_proportional, walk
+from smcdiff.ppl.dependence import Dependence, inlined, is_proportional, reached, walk
 from smcdiff.ppl.families import EDGES, GAUSSIAN, KINDS, PARAMETERS, QuietRun, base, label, parameter
 
 __all__ = ["Group", "Structure", "find_structure"]
@@ -131,28 +131,30 @@ class _Model:
         def outputs(*inputs):
             values = dict(zip(self.latents, inputs[:num], strict=True))
             sites = QuietRun(values)(*ModelCall(inputs[num:], call.constants, call.layout).unpack())
-            found = {
-                (name, part): jnp.asarray(v)
-                for name, msg in sites.items()
-                for part, v in _outputs(msg).items()
-            }
-            self.outputs[:] = found
-            return list(found.values())
+            found = [(name, _outputs(msg)) for name, msg in sites.items()]
+            self.outputs[:] = [(name, part) for name, parts in found for part in parts]
+            return [jnp.asarray(value) for _, parts in found for value in parts.values()]
 
-        shapes = [
-            jax.ShapeDtypeStruct(self.sites[name].shape, self.sites[name].dtype) for name in self.latents
-        ]
+        latents = [self.sites[name] for name in self.latents]
+        shapes = [jax.ShapeDtypeStruct(site.shape, site.dtype) for site in latents]
         self.closed = inlined(outputs, *shapes, *call.arguments)
+        self.inputs = [*self.latents, *(None for _ in call.arguments)]
+        self.known: dict[Any, Any] = {}  # of equations
 
     def dependents(self, names) -> dict[tuple[str, str], Dependence]:
         """What depends on these latent sites, and how."""
-        inputs = [Dependence.AFFINE if name in names else Dependence.NONE for name in self.latents]
-        inputs += [Dependence.NONE] * (len(self.closed.jaxpr.invars) - len(inputs))
-        found = zip(self.outputs, walk(self.closed, inputs), strict=True)
+        inputs = [Dependence.AFFINE if name in names else Dependence.NONE for name in self.inputs]
+        found = zip(self.outputs, walk(self.closed, inputs, self.known), strict=True)
         return {output: flow for output, flow in found if flow != Dependence.NONE}
 
+    def reached(self, names, *kinds) -> set[str]:
+        """Which sites of these kinds depend on these latent sites."""
+        flags = reached(self.closed, [name in names for name in self.inputs])
+        found = {name for (name, _), is_reached in zip(self.outputs, flags, strict=True) if is_reached}
+        return {name for name in found if self.sites[name].kind in kinds}
+
     def children(self, names) -> set[str]:
-        return {name for name, _ in self.dependents(names) if self.sites[name].kind != "deterministic"}
+        return self.reached(names, "latent", "observed")
 
 
 def find_structure(call: ModelCall, names: Sequence[str] | None) -> Structure:
@@ -193,25 +195,21 @@ def find_structure(call: ModelCall, names: Sequence[str] | None) -> Structure:
     if names is not None and reasons:
         name = next(name for name in names if name in reasons)
         raise ValueError(f"site {name!r} cannot be integrated out: {reasons[name]}.")
+    reasons |= {name: "it is not among the sites asked for" for name in model.latents if name not in wanted}
     marginalized = {*gaussian, *(name for group in others for name in group.sites)}
     if not marginalized:
-        raise ValueError(
-            f"no site of the model can be integrated out: {reasons or 'there is no latent site'}."
-        )
-    reasons |= {name: "it is not among the sites asked for" for name in model.latents if name not in wanted}
+        why = "; ".join(f"{name!r}: {reasons[name]}" for name in model.latents)
+        raise ValueError(f"no site of the model can be integrated out: {why or 'there is no latent one'}.")
     retained = [name for name in model.latents if name not in marginalized]
     groups = (*_components(model, gaussian), *others)
-    hidden = {name for name, _ in model.dependents(marginalized) if model.sites[name].kind == "deterministic"}
+    hidden = model.reached(marginalized, "deterministic")
     hidden |= {child for group in groups for child in group.children if model.sites[child].kind == "observed"}
+    samples = [item for item in model.sites.items() if item[1].kind in ("latent", "observed")]
     return Structure(
         groups,
         tuple(sorted(hidden | marginalized)),
         tuple((name, reasons[name]) for name in retained),
-        tuple(
-            (n, site.kind == "observed")
-            for n, site in model.sites.items()
-            if site.kind in ("latent", "observed")
-        ),
+        tuple((name, site.kind == "observed") for name, site in samples),
         tuple((name, len(model.sites[name].shape)) for name in retained),
     )
 
@@ -220,18 +218,18 @@ def _components(model, names):
     """Groups of Gaussian sites that share no child and do not depend on each other."""
     parts: list[tuple[set, set]] = []
     for name in names:
-        sites, reached = {name}, {name, *model.children([name])}
+        sites, touched = {name}, {name, *model.children([name])}
         apart = []
         for part in parts:
-            if part[1] & reached:
-                sites, reached = sites | part[0], reached | part[1]
+            if part[1] & touched:
+                sites, touched = sites | part[0], touched | part[1]
             else:
                 apart.append(part)
-        parts = [*apart, (sites, reached)]
+        parts = [*apart, (sites, touched)]
     order = list(model.sites)
     return [
-        Group("gaussian", *(tuple(sorted(members, key=order.index)) for members in (sites, reached - sites)))
-        for sites, reached in parts
+        Group("gaussian", *(tuple(sorted(members, key=order.index)) for members in (sites, touched - sites)))
+        for sites, touched in parts
     ]
 
 
@@ -239,8 +237,9 @@ def _obstacle(model, name, kind, gaussian, others):
     """Why a site cannot be integrated out along with those that are, or None."""
     site = model.sites[name]
     if kind is None or site.obstacle is not None:
-        kinds = ", ".join(family.__name__ for family in KINDS)
-        return f"it {site.obstacle or f'is {label(site.family)}'}, and only {kinds} sites are integrated out"
+        *kinds, last = (family.__name__ for family in KINDS)
+        why = site.obstacle or f"is {label(site.family)}"
+        return f"it {why}, and only {', '.join(kinds)} and {last} sites are integrated out"
     edges = GAUSSIAN if kind == "gaussian" else EDGES[kind]
     group = [*gaussian, name] if kind == "gaussian" else [name]
     taken = {found: other.sites[0] for other in others for found in (*other.sites, *other.children)}
@@ -294,5 +293,6 @@ def _edge_obstacle(model, name, child, part, flow, kind):
     )
     if is_edge:
         return None
-    role = "an element" if kind == "beta" else "a multiple of an element"
-    return f"the {link} of {child!r} is not, element by element, {role} of it"
+    if kind == "beta":
+        return f"the {link} of {child!r} are not, element by element, elements of it"
+    return f"the {link} of {child!r} is not, element by element, a multiple of an element of it"

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
+from jaxtyping import PyTree
 
-__all__ = ["Dependence", "inlined", "is_proportional", "walk"]
+__all__ = ["Dependence", "depends_on_input", "inlined", "is_proportional", "reached", "walk"]
 
 _CALLS = (
     "jit",
@@ -55,7 +56,26 @@ def inlined(function: Callable, *inputs: Any) -> ClosedJaxpr:
     return jax.make_jaxpr(lambda *values: _evaluate(closed.jaxpr, closed.consts, values))(*avals)
 
 
-def walk(closed: ClosedJaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
+def reached(closed: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs depend on those inputs at all."""
+    return _reaches(closed, inputs)[0]
+
+
+def depends_on_input(function: Callable[[PyTree], PyTree], value: PyTree) -> PyTree:
+    """For each array of ``function(value)``, whether it may depend on ``value``: a pytree of bools like the output."""
+    leaves, layout = jax.tree.flatten(value)
+    structures = []
+
+    def flat(*leaves):
+        outputs, structure = jax.tree.flatten(function(jax.tree.unflatten(layout, leaves)))
+        structures.append(structure)
+        return outputs
+
+    marks = reached(inlined(flat, *leaves), [True] * len(leaves))
+    return jax.tree.unflatten(structures[0], marks)
+
+
+def walk(closed: ClosedJaxpr, inputs: Sequence[Dependence], known: dict | None = None) -> list[Dependence]:
     """How the outputs depend on the inputs in question.
 
     Parameters
@@ -64,12 +84,17 @@ def walk(closed: ClosedJaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
         From `inlined`.
     inputs
         AFFINE for the inputs in question, which are taken jointly, NONE for the others.
+    known
+        What is known of the equations, kept between walks of one jaxpr.
     """
+    known = {} if known is None else known
     env = dict.fromkeys(closed.jaxpr.constvars, Dependence.NONE)
     env |= dict(zip(closed.jaxpr.invars, inputs, strict=True))
     for eqn in closed.jaxpr.eqns:
         given = [Dependence.NONE if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        env |= dict(zip(eqn.outvars, _through(eqn, given), strict=True))
+        key = (id(eqn), *given)
+        known[key] = known[key] if key in known else _through(eqn, given)
+        env |= dict(zip(eqn.outvars, known[key], strict=True))
     return [Dependence.NONE if isinstance(v, Literal) else env[v] for v in closed.jaxpr.outvars]
 
 

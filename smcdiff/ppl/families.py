@@ -28,9 +28,11 @@ __all__ = [
     "QuietRun",
     "base",
     "colour",
+    "gamma_or_beta",
     "label",
     "parameter",
     "placeholder",
+    "value_of",
     "whitened",
 ]
 
@@ -72,14 +74,18 @@ EDGES: Mapping[str, Mapping[type, Edge]] = {
         dist.Poisson: Edge("rate", lambda d, y: (y, 1.0)),
         dist.Exponential: Edge("rate", lambda d, y: (1.0, y)),
         dist.Gamma: Edge("rate", lambda d, y: (d.concentration, y)),
-        dist.Normal: Edge("precision", lambda d, y: (0.5, 0.5 * (y - d.loc) ** 2)),
+        dist.Normal: Edge("precision", lambda d, y: (0.5, 0.5 * (y - _like(d.loc, y)) ** 2)),
     },
     "beta": {
         dist.BernoulliProbs: Edge("probs", lambda d, y: (y, 1.0 - y)),  # type: ignore[attr-defined]
-        dist.BinomialProbs: Edge("probs", lambda d, y: (y, d.total_count - y)),  # type: ignore[attr-defined]
+        dist.BinomialProbs: Edge("probs", lambda d, y: (y, _like(d.total_count, y) - y)),  # type: ignore[attr-defined]
         dist.GeometricProbs: Edge("probs", lambda d, y: (1.0, y)),  # type: ignore[attr-defined]
     },
 }
+
+
+def _like(parameter, value):
+    return jnp.broadcast_to(jnp.asarray(parameter, value.dtype), value.shape)
 
 
 # Distributions --------------------------------------------------------------------------------------------------------
@@ -117,13 +123,27 @@ def colour(fn: Any, noise: Array) -> Array:
 
 
 def whitened(fn: Any, value: Array) -> Array:
-    """The inverse of `colour`."""
+    """The inverse of `colour`, for a value of the shape of the site."""
     normal = base(fn)
-    loc = jnp.broadcast_to(normal.loc, jnp.shape(value))
-    gap = jnp.asarray(value, loc.dtype) - loc
+    gap = value - jnp.broadcast_to(normal.loc, value.shape)
     if type(normal) is dist.Normal:
-        return gap / jnp.broadcast_to(normal.scale, gap.shape)
+        return gap / jnp.broadcast_to(normal.scale, value.shape)
     return jax.scipy.linalg.solve_triangular(_triangle(normal, gap), gap[..., None], lower=True)[..., 0]
+
+
+def value_of(site: Mapping[str, Any], dtype: Any) -> Array:
+    """The value of a site, which data may have given with fewer or with more axes than its distribution has."""
+    value = jnp.asarray(site["value"], dtype)
+    return jnp.broadcast_to(value, jnp.broadcast_shapes(value.shape, site["fn"].shape()))
+
+
+def gamma_or_beta(fn: Any, shape: tuple[int, ...]) -> tuple[type, list[Array]]:
+    """The family of a Gamma, Exponential or Beta site, and its two parameters for values of this shape."""
+    law = base(fn)
+    if type(law) is dist.Beta:
+        return dist.Beta, [jnp.broadcast_to(p, shape) for p in (law.concentration1, law.concentration0)]
+    first = jnp.ones_like(law.rate) if type(law) is dist.Exponential else law.concentration
+    return dist.Gamma, [jnp.broadcast_to(p, shape) for p in (first, law.rate)]
 
 
 def _triangle(normal, value):

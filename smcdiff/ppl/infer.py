@@ -23,8 +23,9 @@ from numpyro.infer.hmc import HMCState
 
 from smcdiff.checks import check_count
 from smcdiff.ppl.call import ModelCall, model_call
-from smcdiff.ppl.dataflow import depends_on_input
+from smcdiff.ppl.dependence import depends_on_input
 from smcdiff.ppl.particle_gibbs import ParticleGibbs
+from smcdiff.ppl.particle_marginal import ParticleMarginal
 from smcdiff.ppl.sites import prior_of, without_prior_density
 from smcdiff.run import Trace, run
 
@@ -241,7 +242,8 @@ def _blocks(model, args, kwargs, kernels):
     rest = tuple(name for name in others if prior_of(trace[name]) is None)
     if rest:
         named[rest] = NUTS
-    _check_priors_are_free(model, args, kwargs, latent, trace)
+    if ParticleMarginal not in [_builder(build)[0] for build in named.values()]:
+        _check_priors_are_free(model, args, kwargs, latent, trace)
     return tuple((names, *_builder(build)) for names, build in named.items())
 
 
@@ -307,5 +309,5 @@ def _check_priors_are_free(model, args, kwargs, latent, trace):
                 raise ValueError(
                     f"the diffusion prior of site {name!r} depends on site {other!r}, whose conditional density would "
                     f"need the normalised density of {name!r}; fix {other!r} as an argument of the model, or "
-                    "infer it by smcdiff.ppl.particle_marginal."
+                    "let smcdiff.ppl.ParticleMarginal move both."
                 )

@@ -1,19 +1,13 @@
 """Marginalised NumPyro models: conjugate sites are integrated out before sampling and drawn anew after it.
 
 For a model p(v, z, y) with sites v that are conjugate to the rest (`smcdiff.ppl.conjugacy` finds them), `marginalize`
-makes the model of z alone, p(z, y) = int p(v, z, y) dv, with all constants; the chain for z mixes better than that for
-(v, z), and v given z and y is drawn exactly. The children c of v, observed or not, are where v enters. For any v*,
+makes the model of z alone, p(z, y) = int p(v, z, y) dv, with all constants. A chain for z mixes better than one for
+(v, z), and v given z and y is drawn exactly (`smcdiff.ppl.conditionals`). A Gaussian group costs O(n^2 m + n^3) an
+evaluation, where n and m are the smaller and the larger of the number of its elements and that of its children. In
+single precision, priors must not be wider than some thousand standard deviations of what the data leave open.
 
-    log p(c | z) = log p(c | v*, z) + log p(v* | z) - log p(v* | c, z),
-
-and v* is the mean of the conditional law. For Gaussian sites v is a function of standard normal noise e, the parents
-first, and the whitened residuals of the children are r + J e. The law of e is Gaussian with mean -K r, where
-K = (I + J' J)^-1 J' = J' (I + J J')^-1, of which the smaller inverse is taken; its draws are e - K (r + J e + w) for
-standard normal e and w. A step costs O(n^2 m + n^3) for m numbers in one group and its children, and n of the smaller
-of the two. In single precision priors must not be wider than some thousand standard deviations of what the data say.
-
-Sources: Lai, Burroni, Guan and Sheldon, "Automatically Marginalized MCMC in Probabilistic Programming", arXiv
-2302.00564; the identity is that of Chib, "Marginal Likelihood from the Gibbs Output" (1995).
+Source: Lai, Burroni, Guan and Sheldon, "Automatically Marginalized MCMC in Probabilistic Programming", arXiv
+2302.00564.
 """
 
 import dataclasses
@@ -23,14 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-import numpyro.distributions as dist
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 from numpyro.primitives import Messenger
 
 from smcdiff.ppl.call import model_call
+from smcdiff.ppl.conditionals import conditional
 from smcdiff.ppl.conjugacy import Structure, find_structure
-from smcdiff.ppl.families import EDGES, QuietRun, base, parameter, placeholder, whitened
+from smcdiff.ppl.families import QuietRun, placeholder
 
 __all__ = ["MarginalModel", "marginalize"]
 
@@ -69,8 +62,15 @@ class MarginalModel:
         """The model of the sites that stay, for NumPyro's handlers and kernels and for `target_from_numpyro`."""
         with _Rest(self.structure) as rest:
             self.model(*args, **kwargs)
+        for name, ndim in self.structure.retained:
+            if name in rest.sites and jnp.ndim(rest.sites[name]["value"]) != ndim:
+                shape = jnp.shape(rest.sites[name]["value"])
+                raise ValueError(
+                    f"the value of site {name!r} must have {ndim} axes, got the shape {shape}; a marginal model can "
+                    "be neither enumerated nor batched in this way, only by vmap."
+                )
         for group in self.structure.groups:
-            log_marginal, _ = _conditional(group, rest.sites, self._runs(rest.sites, args, kwargs))
+            log_marginal, _ = conditional(group, rest.sites, self._runs(rest.sites, args, kwargs))
             numpyro.factor("_".join(["marginal", *group.sites]), log_marginal)
 
     def recover(
@@ -119,7 +119,7 @@ class MarginalModel:
         run = self._runs(sites, args, kwargs)
         drawn: dict[str, Array] = {}
         for number, group in enumerate(self.structure.groups):
-            drawn |= _conditional(group, sites, run)[1](jax.random.fold_in(rng_key, number))
+            drawn |= conditional(group, sites, run)[1](jax.random.fold_in(rng_key, number))
         found = run(values=drawn)
         keep = {name for name, site in found.items() if site["type"] == "deterministic"} | set(drawn)
         return {name: jnp.asarray(site["value"]) for name, site in found.items() if name in keep}
@@ -193,7 +193,6 @@ class _Rest(Messenger):
     def __init__(self, structure):
         super().__init__()
         self.hidden = structure.hidden
-        self.marginalized = {name for group in structure.groups for name in group.sites}
         self.children = {child for group in structure.groups for child in group.children}
         self.sites: dict[str, Any] = {}
         self.original: dict[str, Any] = {}
@@ -205,7 +204,7 @@ class _Rest(Messenger):
     def process_message(self, msg):
         name = msg.get("name")
         if name in self.hidden:
-            if name in self.marginalized and msg["value"] is None:
+            if msg["value"] is None:
                 msg["value"] = placeholder(msg["fn"])
             msg["stop"] = True
         elif name in self.children:
@@ -215,93 +214,3 @@ class _Rest(Messenger):
     def postprocess_message(self, msg):
         if msg.get("name") is not None:
             self.sites[msg["name"]] = msg | {"fn": self.original.get(msg["name"], msg.get("fn"))}
-
-
-# Conditional laws -----------------------------------------------------------------------------------------------------
-
-
-def _conditional(group, sites, run):
-    """Log marginal likelihood of the children of a group, and a function that draws its sites.
-
-    ``sites`` are those of a run of the model, of which shapes and what does not depend on the group are used.
-    """
-    return _gaussian(group, sites, run) if group.kind == "gaussian" else _gamma_or_beta(group, sites, run)
-
-
-def _log_prob(sites, names):
-    return sum((jnp.sum(sites[name]["fn"].log_prob(sites[name]["value"])) for name in names), jnp.zeros(()))
-
-
-def _gaussian(group, sites, run):
-    zero, unravel = ravel_pytree({name: jnp.zeros_like(sites[name]["value"]) for name in group.sites})
-
-    def residuals(noise):
-        found = run(noise=unravel(noise))
-        parts = [jnp.ravel(whitened(found[name]["fn"], found[name]["value"])) for name in group.children]
-        return jnp.concatenate([jnp.zeros(0, zero.dtype), *parts])
-
-    num_residuals = sum(jnp.size(sites[name]["value"]) for name in group.children)
-    if num_residuals < zero.size:
-        at_zero, pull = jax.vjp(residuals, zero)
-        jacobian = jax.vmap(pull)(jnp.eye(num_residuals, dtype=zero.dtype))[0]
-        small = jacobian @ jacobian.T
-    else:
-        at_zero, push = jax.linearize(residuals, zero)
-        jacobian = jax.vmap(push, out_axes=1)(jnp.eye(zero.size, dtype=zero.dtype))
-        small = jacobian.T @ jacobian
-    factor = jnp.linalg.cholesky(small + jnp.eye(len(small), dtype=zero.dtype))
-
-    def gain(residual):
-        if num_residuals < zero.size:
-            return jacobian.T @ jax.scipy.linalg.cho_solve((factor, True), residual)
-        return jax.scipy.linalg.cho_solve((factor, True), jacobian.T @ residual)
-
-    mean = -gain(at_zero)
-    found = run(noise=unravel(mean))
-    log_determinant = jnp.sum(jnp.log(jnp.diagonal(factor)))
-    log_marginal = _log_prob(found, group.children) - 0.5 * jnp.sum(mean**2) - log_determinant
-
-    def draw(rng_key):
-        key_noise, key_residual = jax.random.split(rng_key)
-        noise = jax.random.normal(key_noise, zero.shape, zero.dtype)
-        other = jax.random.normal(key_residual, at_zero.shape, zero.dtype)
-        drawn = run(noise=unravel(noise - gain(at_zero + jacobian @ noise + other)))
-        return {name: drawn[name]["value"] for name in group.sites}
-
-    return log_marginal, draw
-
-
-def _gamma_or_beta(group, sites, run):
-    (name,) = group.sites
-    fn, value = sites[name]["fn"], sites[name]["value"]
-    edges = {child: EDGES[group.kind][type(base(sites[child]["fn"]))] for child in group.children}
-
-    def links(value):
-        found = run(values={name: value})
-        return {
-            child: jnp.broadcast_to(
-                parameter(base(found[child]["fn"]), edge.link), jnp.shape(found[child]["value"])
-            )
-            for child, edge in edges.items()
-        }
-
-    at_one, pull = jax.vjp(links, jnp.ones_like(value))
-    first, second = {}, {}
-    for child, edge in edges.items():
-        link = at_one[child]
-        parts = edge.statistics(base(sites[child]["fn"]), jnp.asarray(sites[child]["value"], link.dtype))
-        s, f = (jnp.broadcast_to(jnp.asarray(part, link.dtype), link.shape) for part in parts)
-        first[child] = jnp.where(link == 0, 0, s) / jnp.where(link == 0, 1, link)
-        second[child] = f
-    family = dist.Gamma if group.kind == "gamma" else dist.Beta
-    prior = [jnp.broadcast_to(p, value.shape) for p in _parameters(base(fn), group.kind)]
-    law = family(*(p + pull(parts)[0] for p, parts in zip(prior, (first, second), strict=True)))
-    log_ratio = family(*prior).log_prob(law.mean) - law.log_prob(law.mean)
-    log_marginal = _log_prob(run(values={name: law.mean}), group.children) + jnp.sum(log_ratio)
-    return log_marginal, lambda rng_key: {name: law.sample(rng_key)}
-
-
-def _parameters(fn, kind):
-    if kind == "beta":
-        return fn.concentration1, fn.concentration0
-    return (fn.concentration if type(fn) is dist.Gamma else jnp.ones_like(fn.rate)), fn.rate

@@ -19,7 +19,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -27,13 +26,10 @@ from numpyro import handlers
 from numpyro.infer.mcmc import MCMCKernel
 
 from smcdiff.checks import check_count
-from smcdiff.density import DiffusionModel
-from smcdiff.diffusion import Marginal
 from smcdiff.guidance import Twist
 from smcdiff.ppl.call import model_call
-from smcdiff.ppl.sites import SiteLikelihood, local_twist, prior_of
-from smcdiff.schedules import log_snr_times
-from smcdiff.smc import FeynmanKac, particle_gibbs, tds
+from smcdiff.ppl.sites import SiteLikelihood, diffusion_chain, prior_of
+from smcdiff.smc import FeynmanKac, particle_gibbs
 from smcdiff.smc.conditional import Trajectory
 
 __all__ = ["ParticleGibbs", "ParticleGibbsKernelState"]
@@ -198,35 +194,4 @@ class ParticleGibbs(MCMCKernel):
     def _chain(self, site, x, args, kwargs) -> FeynmanKac:
         """The twisted sampler of the site, where the others are as ``kwargs`` has them."""
         problem = SiteLikelihood(model_call(self._model, args, kwargs or {}), {}, site)
-        described = problem.trace(x)[site]
-        prior = prior_of(described)
-        assert prior is not None  # `init` has seen to that
-        diffusion = prior.model
-        for size in reversed(described["fn"].batch_shape):
-            diffusion = _Stack(diffusion, size)
-        times = log_snr_times(diffusion.schedule, self._num_steps)
-        return tds(diffusion, problem, times=times, twist=local_twist(self._twist), order=self._order)
-
-
-class _Stack(eqx.Module):
-    """Independent copies of a diffusion side by side, as a plate has them: one diffusion of their joint law."""
-
-    model: DiffusionModel
-    size: int = eqx.field(static=True)
-
-    @property
-    def schedule(self):
-        return self.model.schedule
-
-    @property
-    def event_shape(self):
-        return (self.size, *self.model.event_shape)
-
-    def denoise(self, x, t):
-        return jax.vmap(lambda x: self.model.denoise(x, t))(x)
-
-    def score(self, x, t):
-        return jax.vmap(lambda x: self.model.score(x, t))(x)
-
-    def at(self, t):
-        return Marginal(self, t)
+        return diffusion_chain(problem, x, self._num_steps, self._twist, self._order)

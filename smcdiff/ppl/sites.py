@@ -25,13 +25,17 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
 
+from smcdiff.density import DiffusionModel
+from smcdiff.diffusion import Marginal
 from smcdiff.guidance import Twist, TwistValue, default_twist, log_twist
 from smcdiff.inverse import InverseProblem, LinearOperator
 from smcdiff.ppl.call import ModelCall
-from smcdiff.ppl.dataflow import depends_on_input
+from smcdiff.ppl.dependence import depends_on_input
 from smcdiff.ppl.diffusion_prior import DiffusionPrior
+from smcdiff.schedules import log_snr_times
+from smcdiff.smc import FeynmanKac, tds
 
-__all__ = ["SiteLikelihood", "local_twist", "prior_of", "without_prior_density"]
+__all__ = ["SiteLikelihood", "diffusion_chain", "local_twist", "prior_of", "without_prior_density"]
 
 
 class SiteLikelihood(eqx.Module):
@@ -45,11 +49,14 @@ class SiteLikelihood(eqx.Module):
         Values of all other latent sites, by name.
     site
         Name of the site x.
+    left_out
+        Names of sites whose densities do not count: priors of given sites, where those are counted elsewhere.
     """
 
     call: ModelCall
     given: dict[str, Array]
     site: str = eqx.field(static=True)
+    left_out: tuple[str, ...] = eqx.field(default=(), static=True)
 
     def trace(self, x: Float[Array, "*event"]) -> dict[str, Any]:
         """NumPyro's trace of the model at ``x``."""
@@ -99,7 +106,7 @@ class SiteLikelihood(eqx.Module):
         return {
             name: site
             for name, site in self.trace(x).items()
-            if site["type"] == "sample" and name != self.site and prior_of(site) is None
+            if site["type"] == "sample" and name not in (self.site, *self.left_out) and prior_of(site) is None
         }
 
 
@@ -141,6 +148,44 @@ def local_twist(twist: Twist | None = None) -> Twist:
         The twist of the linear problem; `smcdiff.guidance.default_twist` chooses one if omitted.
     """
     return _LocalTwist(twist)
+
+
+def diffusion_chain(
+    problem: SiteLikelihood, x: Float[Array, "*shape"], num_steps: int, twist: Twist | None, order: int
+) -> FeynmanKac:
+    """The twisted sampler of the site of a `SiteLikelihood`, whose shape is that of ``x``; see `smcdiff.tds`."""
+    described = problem.trace(x)[problem.site]
+    prior = prior_of(described)
+    assert prior is not None  # the kernels' `init` has seen to that
+    diffusion = prior.model
+    for size in reversed(described["fn"].batch_shape):
+        diffusion = _Stack(diffusion, size)
+    times = log_snr_times(diffusion.schedule, num_steps)
+    return tds(diffusion, problem, times=times, twist=local_twist(twist), order=order)
+
+
+class _Stack(eqx.Module):
+    """Independent copies of a diffusion side by side, as a plate has them: one diffusion of their joint law."""
+
+    model: DiffusionModel
+    size: int = eqx.field(static=True)
+
+    @property
+    def schedule(self):
+        return self.model.schedule
+
+    @property
+    def event_shape(self):
+        return (self.size, *self.model.event_shape)
+
+    def denoise(self, x, t):
+        return jax.vmap(lambda x: self.model.denoise(x, t))(x)
+
+    def score(self, x, t):
+        return jax.vmap(lambda x: self.model.score(x, t))(x)
+
+    def at(self, t):
+        return Marginal(self, t)
 
 
 def prior_of(site: dict[str, Any]) -> DiffusionPrior | None:

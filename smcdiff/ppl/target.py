@@ -81,6 +81,27 @@ class NumPyroTarget(eqx.Module):
         """log pi(x_to) - log pi(x_from) for two samples."""
         return self.logdensity(x_to) - self.logdensity(x_from)
 
+    def log_likelihood(self, x: Float[Array, " d"]) -> Float[Array, ""]:
+        """Log density of the observed sites given the latent ones at one sample ``x``."""
+        model, args, kwargs = self.call.unpack()
+        log_probs, trace = numpyro.infer.util.compute_log_probs(model, args, kwargs, self.constrain(x))
+        observed = [
+            jnp.asarray(value, x.dtype) for name, value in log_probs.items() if trace[name]["is_observed"]
+        ]
+        return sum(observed, jnp.zeros((), x.dtype))
+
+    def log_prior(self, x: Float[Array, " d"]) -> Float[Array, ""]:
+        """Log density of the latent sites with the log Jacobian: with `log_likelihood`, the two ends of a tempering."""
+        return self.logdensity(x) - self.log_likelihood(x)
+
+    def sample_prior(self, rng_key: PRNGKeyArray) -> Float[Array, " d"]:
+        """One draw of the latent sites from their prior, unconstrained."""
+        model, args, kwargs = self.call.unpack()
+        trace = numpyro.handlers.trace(numpyro.handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
+        return self.join(
+            {name: biject_to(trace[name]["fn"].support).inv(trace[name]["value"]) for name in self.site_names}
+        )
+
     def constrain(self, x: Float[Array, " d"]) -> dict[str, Array]:
         """Values of the latent and of the deterministic sites at one sample ``x``."""
         return numpyro.infer.util.constrain_fn(*self.call.unpack(), self.split(x), return_deterministic=True)

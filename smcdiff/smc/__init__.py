@@ -29,6 +29,7 @@ from smcdiff.smc.resampling import (
 from smcdiff.smc.result import SMCResult, run_smc
 from smcdiff.smc.steering import SteeredParticle, fk_steering, jax_reward
 from smcdiff.smc.svdd import DecodedParticle, svdd
+from smcdiff.smc.tempered_marginal import tempered_marginal
 from smcdiff.smc.twisted import TwistedParticle, tds
 from smcdiff.smc.weights import effective_sample_size
 
@@ -73,5 +74,6 @@ __all__ = [
     "svdd",
     "systematic",
     "tds",
+    "tempered_marginal",
     "tune_step_sizes",
 ]

@@ -77,6 +77,7 @@ class _Sampler(eqx.Module):
     log_prior: Callable
     make_fk: Callable[[PyTree], FeynmanKac]
     step_size: PyTree
+    exponent: float | Float[Array, ""]
     ess_threshold: float | Float[Array, " steps"]
     num_particles: int = eqx.field(static=True)
     resampling_fn: ResamplingFn = eqx.field(static=True)
@@ -89,6 +90,7 @@ def particle_marginal_mh(
     num_particles: int,
     *,
     step_size: PyTree,
+    exponent: float | Float[Array, ""] = 1.0,
     resampling_fn: ResamplingFn = systematic,
     ess_threshold: float | Float[Array, " steps"] = 0.5,
     batch_size: int | None = None,
@@ -111,6 +113,9 @@ def particle_marginal_mh(
         Particles of the evidence estimate, at least 1.
     step_size
         Deviation of the Gaussian proposal: one number, or a pytree like theta or like an upper part of it.
+    exponent
+        Power of the evidence's estimate in the target. The chain is exact for the power 1; others serve on the way
+        there, see `smcdiff.smc.tempered_marginal`.
     resampling_fn, ess_threshold, batch_size
         See `smcdiff.smc.smc`.
 
@@ -126,7 +131,9 @@ def particle_marginal_mh(
     for scale in jax.tree.leaves(step_size):
         if not isinstance(scale, jax.core.Tracer) and not np.all(np.asarray(scale) > 0):
             raise ValueError(f"step_size must be positive, got {scale}.")
-    sampler = _Sampler(log_prior, make_fk, step_size, ess_threshold, num_particles, resampling_fn, batch_size)
+    sampler = _Sampler(
+        log_prior, make_fk, step_size, exponent, ess_threshold, num_particles, resampling_fn, batch_size
+    )
     return SamplingAlgorithm(Partial(_init, sampler), Partial(_step, sampler))
 
 
@@ -139,7 +146,8 @@ def _step(sampler, rng_key, state):
     """Propose a parameter, estimate its evidence, accept or reject both."""
     key_propose, key_evaluate, key_accept = jax.random.split(rng_key, 3)
     proposal = _evaluate(sampler, key_evaluate, _propose(sampler, key_propose, state.position))
-    log_ratio = proposal.log_prior + proposal.log_evidence - state.log_prior - state.log_evidence
+    log_ratio = proposal.log_prior - state.log_prior
+    log_ratio += sampler.exponent * (proposal.log_evidence - state.log_evidence)
     probability = jnp.exp(jnp.minimum(log_ratio, 0.0))
     probability = jnp.where(jnp.isnan(probability), 0.0, probability)
     is_accepted = jax.random.uniform(key_accept, (), probability.dtype) < probability

@@ -1,0 +1,275 @@
+"""Joint posteriors of a diffusion prior and unknown parameters, in NumPyro models, by `smcdiff.infer`.
+
+Three parts:
+
+* nuts: a mixture prior in two dimensions, unknown gain and noise, three measurements. NumPyro's NUTS samples the same
+model
+  with the prior's exact density; posterior means and deviations are compared, in Monte Carlo standard errors of both.
+* sbc: simulation-based calibration of that model: parameters and sample are drawn from the prior, data are simulated,
+and
+  the rank of every truth among thinned posterior draws is uniform if the posterior is right. A chi-square test over ten
+  bins for each of the four quantities; one of four p-values falls below .0025 with probability .01 for a right sampler.
+* digits: held-out digits of the pretrained model, blurred by a Gaussian of unknown width and with unknown noise: how
+often
+  the central 90 % intervals cover the true width, noise and pixels.
+
+Bars: errors of means and deviations within 3 standard errors and R-hat <= 1.01; p-values >= .0025; coverage of pixels
+within 3 standard errors of .9.
+
+Command: ``python -m benchmarks joint``
+"""
+
+import functools
+import time
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import MCMC, NUTS
+from scipy import stats
+
+import smcdiff
+from benchmarks.common import bar, format_table
+from smcdiff import analytic, inverse, schedules
+from smcdiff.ppl import ParticleGibbs, gibbs_sweep
+
+PARTS = ("nuts", "sbc", "digits")
+MATRIX = jnp.array([[1.0, 0.5], [0.2, 1.0], [0.7, -0.4]])
+Y = jnp.array([0.3, -0.6, 0.9])
+
+
+def add_arguments(parser):
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--particles", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50, help="reverse steps of the mixture's chain")
+    parser.add_argument("--samples", type=int, default=4000, help="sweeps of a chain beside NUTS")
+    parser.add_argument("--data-sets", type=int, default=200, help="of simulation-based calibration")
+    parser.add_argument(
+        "--sweeps", type=int, default=600, help="of a data set, of which the first sixth is dropped"
+    )
+    parser.add_argument("--digits", type=int, default=12)
+    parser.add_argument(
+        "--digit-sweeps", type=int, default=240, help="of a chain, of which the first third is dropped"
+    )
+    parser.add_argument("--digit-steps", type=int, default=40)
+
+
+def run(args) -> dict:
+    """Every part, with its rows and bars."""
+    if args.quick:
+        args.samples, args.data_sets, args.sweeps, args.digits = 20, 10, 24, 1
+        args.digit_sweeps, args.digit_steps, args.steps, args.particles = 3, 3, 6, 2
+    rows, summary, bars = [], [], []
+    for part in args.parts:
+        start = time.perf_counter()
+        found = {"nuts": against_nuts, "sbc": calibration, "digits": digits}[part](args)
+        rows += [{"part": part} | row for row in found[0]]
+        summary += [{"part": part} | row | {"seconds": time.perf_counter() - start} for row in found[1]]
+        bars += found[2]
+    print(format_table(summary))
+    settings = {key: getattr(args, key) for key in vars(args) if key != "out"}
+    return {
+        "title": "A diffusion prior inside a NumPyro model",
+        "settings": settings,
+        "seeds": [0],
+        "rows": rows,
+        "summary": summary,
+        "bars": bars,
+    }
+
+
+def mixture():
+    """The prior: two modes of unequal weight."""
+    means, covariance = jnp.array([[-1.5, 0.5], [1.0, -1.0]]), jnp.array([[0.3, 0.1], [0.1, 0.2]])
+    return analytic.GaussianMixtureDiffusion.create(jnp.array([0.7, 0.3]), means, covariance, schedules.vp())
+
+
+def linear(prior, matrix, y=None):
+    """Unknown gain and noise of a linear measurement."""
+    gain = numpyro.sample("gain", dist.Normal(1.0, 0.3))
+    noise = numpyro.sample("noise", dist.LogNormal(-1.0, 0.5))
+    x = numpyro.sample("x", smcdiff.DiffusionPrior(prior))
+    numpyro.sample("y", dist.Normal(gain * (matrix @ x), noise).to_event(1), obs=y)
+
+
+def features(samples):
+    """Gain, log noise and both coordinates."""
+    x = np.asarray(samples["x"])
+    return np.stack([np.asarray(samples["gain"]), np.log(samples["noise"]), x[..., 0], x[..., 1]], -1)
+
+
+QUANTITIES = ("gain", "log noise", "x[0]", "x[1]")
+
+
+def against_nuts(args):
+    """Four chains of both."""
+    kernels = {"x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=args.steps)}
+    warm = args.samples // 4
+    ours = smcdiff.infer(
+        jax.random.key(0),
+        linear,
+        mixture(),
+        MATRIX,
+        Y,
+        kernels=kernels,
+        num_warmup=warm,
+        num_samples=args.samples,
+    )
+    # NUTS alone does not move between the modes of x often enough for this comparison: hence many of its draws.
+    nuts = MCMC(
+        NUTS(linear), num_warmup=1000, num_samples=20 * args.samples, num_chains=4, chain_method="vectorized"
+    )
+    nuts.run(jax.random.key(1), mixture(), MATRIX, Y)
+    found, exact = features(ours.samples), features(nuts.get_samples(group_by_chain=True))
+    rows, bars = [], []
+    for i, name in enumerate(QUANTITIES):
+        a, b = found[..., i].astype(float), exact[..., i].astype(float)
+        mean_error = np.hypot(az.mcse(a, method="mean"), az.mcse(b, method="mean"))
+        std_error = np.hypot(az.mcse(a, method="sd"), az.mcse(b, method="sd"))
+        rows.append(
+            {
+                "quantity": name,
+                "mean": a.mean(),
+                "NUTS": b.mean(),
+                "error / se": (a.mean() - b.mean()) / mean_error,
+                "deviation": a.std(),
+                "NUTS's": b.std(),
+                "its error / se": (a.std() - b.std()) / std_error,
+                "R-hat": float(az.rhat(a)),
+                "R-hat of NUTS": float(az.rhat(b)),
+                "ess": float(az.ess(a)),
+            }
+        )
+    worst = max(max(abs(row["error / se"]), abs(row["its error / se"])) for row in rows)
+    bars.append(bar("largest error of a mean or a deviation against NUTS, in standard errors", worst, 3.0))
+    bars.append(bar("largest R-hat of four chains", max(row["R-hat"] for row in rows), 1.01))
+    return rows, rows, bars
+
+
+def calibration(args):
+    """Ranks of the truths of simulated data sets."""
+    prior, count = mixture(), args.data_sets
+    rng_key = jax.random.key(2)
+    keys = jax.random.split(rng_key, 4)
+    x = prior.mixture.sample(keys[0], count)
+    gain = 1.0 + 0.3 * jax.random.normal(keys[1], (count,))
+    noise = jnp.exp(-1.0 + 0.5 * jax.random.normal(keys[2], (count,)))
+    y = gain[:, None] * x @ MATRIX.T + noise[:, None] * jax.random.normal(keys[3], (count, 3))
+    draws = _posteriors(
+        jax.random.split(jax.random.key(3), count), prior, y, args.particles, args.steps, args.sweeps
+    )
+    values = features(jax.tree.map(lambda leaf: leaf[:, args.sweeps // 6 :], draws))
+    truths = features({"x": x, "gain": gain, "noise": noise})
+    rows, summary = [], []
+    for i, name in enumerate(QUANTITIES):
+        # Thinned to draws that are nearly independent, so that ranks are those of independent draws.
+        ess = np.median([float(az.ess(chain[None, :, i])) for chain in values[:20]])
+        thin = max(1, int(np.ceil(2.0 * values.shape[1] / ess)))
+        kept = values[:, ::thin, i]
+        ranks = (kept < truths[:, i, None]).sum(1)
+        bins = np.bincount(np.minimum(ranks * 10 // (kept.shape[1] + 1), 9), minlength=10)
+        expected = np.bincount(np.arange(kept.shape[1] + 1) * 10 // (kept.shape[1] + 1), minlength=10)
+        chance = stats.chisquare(bins, count * expected / expected.sum()).pvalue
+        rows.append({"quantity": name, "ranks": ranks.tolist(), "draws": kept.shape[1]})
+        summary.append(
+            {"quantity": name, "data sets": count, "draws": kept.shape[1], "p-value": float(chance)}
+        )
+    return (
+        rows,
+        summary,
+        [
+            bar(
+                "smallest p-value of rank uniformity",
+                min(r["p-value"] for r in summary),
+                0.0025,
+                at_least=True,
+            )
+        ],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _posteriors(keys, prior, y, particles, steps, sweeps):
+    """One chain for each data set."""
+
+    def chain(key, y):
+        kernels = {"x": functools.partial(ParticleGibbs, num_particles=particles, num_steps=steps)}
+        sweep = gibbs_sweep(linear, prior, MATRIX, y, kernels=kernels, num_warmup=sweeps // 6)
+
+        def step(state, k):
+            state, _ = sweep.step(jax.random.fold_in(key, k), state)
+            return state, state.position
+
+        return jax.lax.scan(step, sweep.init(None, key), jnp.arange(sweeps))[1]
+
+    return jax.vmap(chain)(keys, y)
+
+
+def blurred(prior, y=None):
+    """A blurred image: unknown width, in pixels, and unknown noise."""
+    width = numpyro.sample("width", dist.LogNormal(0.2, 0.4))
+    noise = numpyro.sample("noise", dist.LogNormal(-2.0, 0.5))
+    x = numpyro.sample("x", smcdiff.DiffusionPrior(prior))
+    blur = inverse.gaussian_blur(prior.event_shape, width, size=9)
+    numpyro.sample("y", dist.Normal(blur(x), noise).to_event(len(prior.event_shape)), obs=y)
+
+
+def digits(args):
+    """Coverage of 90 % intervals on held-out digits, with the width and the noise drawn from their priors."""
+    model = smcdiff.load("mnist")
+    images, _ = smcdiff.held_out("mnist")
+    kernels = {
+        "x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=args.digit_steps)
+    }
+    rows = []
+    for seed, image in enumerate(np.asarray(images)[: args.digits]):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(4), seed), 4)
+        width = float(jnp.exp(0.2 + 0.4 * jax.random.normal(keys[0])))
+        noise = float(jnp.exp(-2.0 + 0.5 * jax.random.normal(keys[1])))
+        blur = inverse.gaussian_blur(model.event_shape, width, size=9)
+        y = blur(jnp.asarray(image)) + noise * jax.random.normal(keys[2], model.event_shape)
+        warm = args.digit_sweeps // 3
+        trace = smcdiff.infer(
+            keys[3],
+            blurred,
+            model,
+            y,
+            kernels=kernels,
+            num_warmup=warm,
+            num_samples=args.digit_sweeps - warm,
+            num_chains=2,
+            progress=False,
+        )
+        low, high = (np.quantile(trace.samples["x"], q, axis=(0, 1)) for q in (0.05, 0.95))
+        moves = np.ptp(np.asarray(image)) * 0.02 < high - low  # pixels that no digit uses are constants
+        row = {"seed": seed, "width": width, "noise": noise}
+        for name, truth in (("width", width), ("noise", noise)):
+            values = trace.samples[name]
+            row |= {
+                f"{name} found": float(values.mean()),
+                f"{name} covered": bool(np.quantile(values, 0.05) <= truth <= np.quantile(values, 0.95)),
+                f"{name} R-hat": float(az.rhat(values.astype(float))) if values.shape[1] > 3 else None,
+            }
+        row |= {
+            "pixels covered": float(((image >= low) & (image <= high))[moves].mean()),
+            "rms error": float(np.sqrt(np.mean((trace.samples["x"].mean((0, 1)) - image) ** 2))),
+            "rms error of y": float(np.sqrt(np.mean((np.asarray(y) - image) ** 2))),
+            "path renewed": float(trace.info["x.acceptance_rate"].mean()),
+        }
+        rows.append(row)
+        print(format_table([row]), flush=True)
+    pixels = np.array([row["pixels covered"] for row in rows])
+    error = pixels.std(ddof=1) / np.sqrt(len(pixels)) if len(pixels) > 1 else float("nan")
+    summary = {
+        "images": len(rows),
+        "pixels": pixels.mean(),
+        "se": error,
+        **{name: np.mean([row[f"{name} covered"] for row in rows]) for name in ("width", "noise")},
+        "rms error": np.mean([row["rms error"] for row in rows]),
+        "rms error of y": np.mean([row["rms error of y"] for row in rows]),
+    }
+    bars = [bar("|coverage of pixels - .9|, digits", abs(pixels.mean() - 0.9), 3 * error)]
+    return rows, [summary], bars

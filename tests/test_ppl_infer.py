@@ -1,0 +1,585 @@
+"""Diffusion priors in NumPyro models: the distribution, the likelihood that a model implies, and joint posteriors.
+
+The reverse chain of Gaussian data is Gaussian whatever its number of steps, so that posteriors under the discretised
+prior, for which particle Gibbs is exact, are integrals over two numbers at most. Chains are independent, and means over
+them are allowed 5 of their standard errors: under normality a false failure in 10^6 checks, of which there are some 40.
+Keys are fixed.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
+from scipy import stats
+from test_steering import chain_law
+
+import smcdiff
+from smcdiff import analytic, guidance, inverse, schedules
+from smcdiff.ppl import (
+    DiffusionPrior,
+    ParticleGibbs,
+    ParticleMarginal,
+    SiteLikelihood,
+    gibbs_sweep,
+    infer,
+    infer_smc,
+    local_twist,
+)
+from smcdiff.ppl.call import model_call
+from smcdiff.smc import particle_gibbs
+
+pytestmark = pytest.mark.lenient_promotion  # of NumPyro's NUTS and Gibbs
+
+Z, STEPS = 5.0, 16
+TRACES = []
+A = np.array([[1.0, -0.6], [0.3, 0.8]], np.float32)
+Y = np.array([1.7, -0.2], np.float32)
+COVARIANCE = np.array([[1.1, 0.4], [0.4, 0.6]])
+
+
+@functools.cache
+def gaussian():
+    return smcdiff.GaussianDiffusion(np.array([0.6, -0.8]), COVARIANCE, schedules.cosine())
+
+
+@functools.cache
+def gaussian_1d():
+    return smcdiff.GaussianDiffusion(np.array([0.6]), np.array([[0.7]]), schedules.cosine())
+
+
+@functools.cache
+def mixture():
+    return analytic.GaussianMixtureDiffusion.create(
+        jnp.array([0.7, 0.3]), jnp.array([[-1.5, 0.5], [1.0, -1.0]]), jnp.asarray(COVARIANCE), schedules.vp()
+    )
+
+
+def network():
+    """A model with scores and no density."""
+    return smcdiff.Diffusion({"gain": jnp.array(0.3)}, _apply, schedules.vp(), "eps", (2,))
+
+
+def _apply(params, x, t):
+    return params["gain"] * x
+
+
+# The distribution -----------------------------------------------------------------------------------------------------
+
+
+def test_it_draws_the_samples_of_the_reverse_process_under_plates_and_in_predictive():
+    def model(diffusion):
+        with numpyro.plate("copies", 3):
+            numpyro.sample("x", DiffusionPrior(diffusion))
+
+    draws = Predictive(model, num_samples=1000)(jax.random.key(0), mixture())["x"]
+    assert draws.shape == (1000, 3, 2)
+    mean = np.asarray(mixture().mixture.mean())
+    std = np.sqrt(np.diag(np.asarray(mixture().mixture.covariance())))
+    # 3000 draws; the chain of 100 steps is off by less than .01 in the mean and .02 in the deviation.
+    np.testing.assert_allclose(
+        np.asarray(draws).mean((0, 1)), mean, atol=0.01 + Z * std.max() / np.sqrt(3000)
+    )
+    np.testing.assert_allclose(np.asarray(draws).std((0, 1)), std, rtol=0.02 + Z / np.sqrt(2 * 3000))
+
+
+def test_its_density_is_the_models_own():
+    prior, x = DiffusionPrior(mixture()), jnp.array([[0.3, -0.2], [-1.0, 1.0]])
+    expected = jax.vmap(mixture().at(jnp.zeros(())).logdensity)(x)
+    np.testing.assert_allclose(prior.log_prob(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(prior.expand([2]).to_event(1).log_prob(x), expected.sum(), rtol=1e-5)
+    assert prior.log_prob(x[0]).shape == () and prior.event_shape == (2,) and prior.support(x).all()
+
+
+def test_the_flows_density_is_that_of_the_exact_model_with_its_noise():
+    x, noise = jnp.array([0.3, -0.2]), np.exp(-4.0)
+    smeared = mixture().mixture.diffuse(jnp.ones(()), jnp.asarray(noise))
+
+    @jax.jit
+    def value_and_grad(model, x):
+        density = functools.partial(smcdiff.ode_logdensity, model, log_snr_max=4.0, rtol=1e-5, atol=1e-5)
+        return jax.value_and_grad(density)(x)
+
+    value, gradient = value_and_grad(mixture(), x)
+    # The flow ends in N(0, sigma^2 I), without what is left of the mean: .003 here.
+    np.testing.assert_allclose(value, smeared.logdensity(x), atol=1e-2)
+    np.testing.assert_allclose(gradient, smeared.score(x), atol=2e-2)
+    estimates = [
+        float(smcdiff.ode_logdensity(gaussian(), x, num_probes=n, log_snr_max=4.0)) for n in (None, 400)
+    ]
+    # Signs estimate a trace of a symmetric matrix with the variance 2 sum of squares off the diagonal, .4^2 at most.
+    assert abs(estimates[0] - estimates[1]) < 0.2
+    assert np.isnan(smcdiff.ode_logdensity(gaussian(), x, max_steps=2))
+
+
+def test_weights_are_leaves():
+    count = []
+
+    @jax.jit
+    def draw(key, prior):
+        count.append(1)
+        return prior.sample(key, (4,))
+
+    scaled = jax.tree.map(lambda leaf: 2.0 * leaf, network())
+    first, second = (draw(jax.random.key(0), DiffusionPrior(m, num_steps=4)) for m in (network(), scaled))
+    assert len(count) == 1 and not np.allclose(first, second)
+
+
+def test_a_density_that_is_not_known_is_not_made_up():
+    with pytest.raises(TypeError, match=r"scores of a Diffusion and no density.*smcdiff\.infer.*pf_ode"):
+        DiffusionPrior(network()).log_prob(jnp.zeros(2))
+    assert np.isfinite(DiffusionPrior(network(), log_density="pf_ode").log_prob(jnp.zeros(2)))
+    with pytest.raises(ValueError, match=r"must end with the axes \(2,\).*got shape \(3,\)"):
+        DiffusionPrior(mixture()).log_prob(jnp.zeros(3))
+    with pytest.raises(ValueError, match="log_density must be None or"):
+        DiffusionPrior(mixture(), log_density="ode")
+    with pytest.raises(TypeError, match="DiffusionPrior needs a target with the capability DiffusionModel"):
+        DiffusionPrior(dist.Normal(0.0, 1.0))
+
+
+# The likelihood of a site ---------------------------------------------------------------------------------------------
+
+
+def linear(diffusion, matrix, y):
+    TRACES.append("linear")
+    gain = numpyro.sample("gain", dist.Normal(1.0, 0.3))
+    noise = numpyro.sample("noise", dist.LogNormal(-0.5, 0.4))
+    x = numpyro.sample("x", DiffusionPrior(diffusion))
+    numpyro.deterministic("signal", gain * (matrix @ x))
+    numpyro.sample("y", dist.Normal(gain * (matrix @ x), noise).to_event(1), obs=y)
+
+
+def correlated(diffusion, matrix, y):
+    x = numpyro.sample("x", DiffusionPrior(diffusion))
+    numpyro.sample("y", dist.MultivariateNormal(matrix @ x, jnp.asarray(COVARIANCE, x.dtype)), obs=y)
+
+
+def weighted(diffusion, matrix, y):
+    x = numpyro.sample("x", DiffusionPrior(diffusion))
+    with handlers.scale(scale=4.0):
+        numpyro.sample("y", dist.Normal(matrix @ x, 0.5).to_event(1), obs=y)
+
+
+LINEAR = {"linear": linear, "correlated": correlated, "weighted": weighted}
+
+
+def whitened(name):
+    """Square root of the precision of the measurement, and the values of the other sites."""
+    given = {"gain": jnp.array(1.2), "noise": jnp.array(0.5)} if name == "linear" else {}
+    root = {
+        "linear": np.eye(2) / 0.5,
+        "correlated": np.linalg.inv(np.linalg.cholesky(COVARIANCE)),
+        "weighted": np.eye(2) / 0.25,
+    }[name]
+    return root, (1.2 if name == "linear" else 1.0) * A, given
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_gaussian_model_is_its_inverse_problem(name):
+    root, matrix, given = whitened(name)
+    site = SiteLikelihood(model_call(LINEAR[name], (gaussian(), A, Y), {}), given, "x")
+    x, other = jnp.array([0.4, -1.0]), jnp.array([-0.7, 0.1])
+    assert site.kinds(x) == (["y"], [])
+    local = site.linearize(x)
+    np.testing.assert_allclose(local.residual(x), root @ (Y - matrix @ np.asarray(x)), rtol=1e-5)
+    np.testing.assert_allclose(local.operator.matrix(), root @ matrix, rtol=1e-5)
+    np.testing.assert_allclose(local.adjoint(Y), (root @ matrix).T @ Y, rtol=1e-5)
+    expected = local.log_likelihood(other) - local.log_likelihood(x)
+    np.testing.assert_allclose(site.log_likelihood(other) - site.log_likelihood(x), expected, rtol=1e-4)
+    assert site.log_rest(x) == 0.0
+
+
+def counts(diffusion, y, squares):
+    shift = numpyro.sample("shift", dist.Normal(0.0, 0.5))
+    x = numpyro.sample("x", DiffusionPrior(diffusion))[0]
+    with numpyro.plate("counts", len(y)):
+        numpyro.sample("y", dist.Poisson(jnp.exp(0.7 * x + shift)), obs=y)
+    numpyro.sample("square", dist.Normal(x**2 + shift, 0.8), obs=squares)
+
+
+COUNTS = np.array([2, 0, 3, 1]), np.array(1.3, np.float32)
+
+
+def test_what_is_not_linear_is_linearised_and_what_is_not_gaussian_counts_as_it_is():
+    given = {"shift": jnp.array(0.2)}
+    site = SiteLikelihood(model_call(counts, (gaussian_1d(), *COUNTS), {}), given, "x")
+    x = jnp.array([0.9])
+    assert site.kinds(x) == (["square"], ["y"])
+    np.testing.assert_allclose(site.linearize(x).operator.matrix(), [[2 * 0.9 / 0.8]], rtol=1e-5)
+    rate = np.exp(0.7 * 0.9 + 0.2)
+    poisson = stats.poisson(rate).logpmf(COUNTS[0]).sum()
+    np.testing.assert_allclose(site.log_rest(x), poisson, rtol=1e-5)
+    normal = stats.norm(0.9**2 + 0.2, 0.8).logpdf(1.3)
+    prior = stats.norm(0, 0.5).logpdf(0.2)
+    np.testing.assert_allclose(site.log_likelihood(x), poisson + normal + prior, rtol=1e-5)
+
+    # Its twist is the product of both parts', whose shift is the gradient at the denoised sample.
+    t = jnp.array(0.3)
+    value = local_twist(guidance.dps)(gaussian_1d(), site, x, t)
+
+    def log_psi(x):
+        denoised = gaussian_1d().denoise(x, t)
+        return site.log_likelihood(denoised) - prior
+
+    scale = gaussian_1d().schedule.sigma(t) ** 2 / gaussian_1d().schedule.alpha(t)
+    np.testing.assert_allclose(value.shift, scale * jax.grad(log_psi)(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_path_is_retraced_as_it_came_about(order):
+    """The same particles and increments; under another measurement, those that SMC would have given it."""
+    times = smcdiff.log_snr_times(gaussian().schedule, STEPS)
+    problems = [inverse.InverseProblem(inverse.dense(A, (2,)), Y + shift, 0.5) for shift in (0.0, 1.0)]
+    ours, other = (
+        smcdiff.tds(gaussian(), p, times=times, order=order, twist=guidance.moment_matching())
+        for p in problems
+    )
+    path = particle_gibbs(ours, 2, backward=False).init(None, jax.random.key(1)).position
+    particles, increments = jax.jit(lambda fk, x: fk.retrace(x))(ours, path.particles.x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), path.particles, particles
+    )
+    np.testing.assert_allclose(increments, path.log_increments, rtol=1e-3, atol=1e-3)
+
+    # The product of all weights is the likelihood at the end times the ratio of chain and steered chain.
+    particles, increments = jax.jit(lambda fk, x: fk.retrace(x))(other, path.particles.x)
+    np.testing.assert_allclose(
+        particles.value.log_twist[-1], problems[1].log_likelihood(path.particles.x[-1]), rtol=1e-5
+    )
+    if order == 1:
+        again = [
+            other.log_transition(
+                jax.tree.map(lambda leaf, k=k: leaf[k], particles),
+                jax.tree.map(lambda leaf, k=k: leaf[k + 1], particles),
+                k,
+            )[1]
+            for k in range(STEPS - 1)
+        ]
+        np.testing.assert_allclose(increments[1:-1], again, rtol=1e-3, atol=1e-3)
+    assert np.abs(increments - path.log_increments).max() > 0.1
+
+
+# Joint posteriors -----------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    model: Any
+    args: tuple
+    kernels: dict
+    features: Any  # of the samples
+    exact: Any  # their posterior means
+
+
+def _linear_features(s):
+    return np.stack([s["gain"], s["gain"] ** 2, np.log(s["noise"]), s["x"][..., 0], s["x"][..., 1] ** 2], -1)
+
+
+def _linear_exact(order=2):
+    return _linear_integrals(order)[0]
+
+
+def _linear_integrals(order=2):
+    """Means of the features and the log evidence, by quadrature over gain and log noise; x is Gaussian given both."""
+    mean, covariance = chain_law(
+        gaussian(), np.asarray(smcdiff.log_snr_times(gaussian().schedule, STEPS)), order
+    )
+    gain, noise = (
+        grid.ravel() for grid in np.meshgrid(np.linspace(-0.8, 2.8, 121), np.linspace(-2.7, 1.7, 121))
+    )
+    rows, log_weights = [], []
+    for g, s in zip(gain, noise, strict=True):
+        spread = g**2 * A @ covariance @ A.T + np.exp(2 * s) * np.eye(2)
+        k = np.linalg.solve(spread, g * A @ covariance).T
+        x = mean + k @ (Y - g * A @ mean)
+        variance = covariance - k @ (g * A) @ covariance
+        rows.append([g, g**2, s, x[0], x[1] ** 2 + variance[1, 1]])
+        log_weights.append(
+            stats.multivariate_normal(g * A @ mean, spread).logpdf(Y)
+            + stats.norm(1, 0.3).logpdf(g)
+            + stats.norm(-0.5, 0.4).logpdf(s)
+        )
+    weights = np.exp(np.array(log_weights) - max(log_weights))
+    cell = 3.6 / 120 * 4.4 / 120
+    return weights @ np.array(rows) / weights.sum(), max(log_weights) + np.log(weights.sum() * cell)
+
+
+def _counts_features(s):
+    x = s["x"][..., 0]
+    return np.stack([s["shift"], s["shift"] ** 2, x, x**2, x > 0], -1).astype(float)
+
+
+def _counts_exact():
+    """By quadrature over x and the shift."""
+    mean, covariance = chain_law(gaussian_1d(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+    x, b = (g.ravel() for g in np.meshgrid(np.linspace(-3.5, 4.5, 801), np.linspace(-3, 3, 401)))
+    log_weights = stats.norm(mean[0], np.sqrt(covariance[0, 0])).logpdf(x) + stats.norm(0, 0.5).logpdf(b)
+    log_weights += stats.norm(x**2 + b, 0.8).logpdf(COUNTS[1])
+    log_weights += sum(stats.poisson(np.exp(0.7 * x + b)).logpmf(y) for y in COUNTS[0])
+    weights = np.exp(log_weights - log_weights.max())
+    return weights @ _counts_features({"shift": b, "x": x[:, None]}) / weights.sum()
+
+
+def moved(diffusion, y):
+    """A diffusion that depends on a parameter, as on a class label."""
+    label = numpyro.sample("label", dist.Normal(0.5, 1.0))
+    x = numpyro.sample("x", DiffusionPrior(_shift(diffusion, label)))
+    numpyro.sample("y", dist.Normal(x, 0.6).to_event(1), obs=y)
+
+
+def _shift(diffusion, label):
+    """The same diffusion of data that are moved by ``label`` in all coordinates."""
+    mixture = diffusion.mixture
+    moved = mixture.rotated_means + label * jnp.sum(mixture.eigenvectors[0], axis=0)[None]
+    return eqx.tree_at(lambda m: m.mixture.rotated_means, diffusion, moved)
+
+
+def _moved_features(s):
+    return np.stack([s["label"], s["label"] ** 2, s["x"][..., 0], s["x"][..., 1] ** 2], -1)
+
+
+def _moved_exact():
+    """The chain's mean is affine in the label, so that all is Gaussian."""
+    times = np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS))
+    start, covariance = chain_law(gaussian(), times)
+    slope = chain_law(_shift(gaussian(), 1.0), times)[0] - start
+    # Of (label, x), and then given y = x + noise.
+    lift = np.concatenate([[1.0], slope])
+    mean = np.concatenate([[0.0], start]) + 0.5 * lift
+    joint = np.outer(lift, lift)
+    joint[1:, 1:] += covariance
+    gain = joint[:, 1:] @ np.linalg.inv(joint[1:, 1:] + 0.36 * np.eye(2))
+    mean, joint = mean + gain @ (Y - mean[1:]), joint - gain @ joint[1:]
+    return np.array([mean[0], mean[0] ** 2 + joint[0, 0], mean[1], mean[2] ** 2 + joint[2, 2]])
+
+
+few = functools.partial(ParticleGibbs, num_particles=3, num_steps=STEPS, twist=guidance.moment_matching())
+CASES = {
+    "linear": Case(linear, (gaussian(), A, Y), {"x": few}, _linear_features, _linear_exact),
+    "linear, backward": Case(
+        linear,
+        (gaussian(), A, Y),
+        {"x": functools.partial(few, order=1, backward=True)},
+        _linear_features,
+        functools.partial(_linear_exact, 1),
+    ),
+    "linear, marginal": Case(
+        linear,
+        (gaussian(), A, Y),
+        {
+            ("gain", "noise", "x"): functools.partial(
+                ParticleMarginal, num_particles=4, num_steps=STEPS, twist=guidance.moment_matching()
+            )
+        },
+        _linear_features,
+        _linear_exact,
+    ),
+    "moved, marginal": Case(
+        moved,
+        (gaussian(), Y),
+        {
+            ("label", "x"): functools.partial(
+                ParticleMarginal, num_particles=4, num_steps=STEPS, twist=guidance.moment_matching()
+            )
+        },
+        _moved_features,
+        _moved_exact,
+    ),
+    "counts": Case(counts, (gaussian_1d(), *COUNTS), {"x": few}, _counts_features, _counts_exact),
+}
+
+NUM_CHAINS = 64
+
+
+@functools.cache
+def joint(name):
+    case = CASES[name]
+    return infer(
+        jax.random.key(2),
+        case.model,
+        *case.args,
+        kernels=case.kernels,
+        num_warmup=100,
+        num_samples=200,
+        num_chains=NUM_CHAINS,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "linear" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_the_joint_posterior_is_exact_for_three_particles(name):
+    means = CASES[name].features(joint(name).samples).mean(1)
+    errors = (means.mean(0) - CASES[name].exact()) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
+    assert np.all(np.abs(errors) < Z), errors
+    assert np.all(means.std(0, ddof=1) / np.sqrt(NUM_CHAINS) < 0.06)
+
+
+@pytest.mark.slow
+def test_smc_over_the_parameters_has_the_right_law_and_an_unbiased_evidence():
+    result = infer_smc(
+        jax.random.key(4),
+        linear,
+        gaussian(),
+        A,
+        Y,
+        num_particles=32,
+        num_inner=3,
+        num_chains=NUM_CHAINS,
+        exponents=jnp.linspace(0, 1, 7) ** 2,
+        num_steps=STEPS,
+        twist=guidance.moment_matching(),
+        progress=False,
+    )
+    expected, log_evidence = _linear_integrals()
+    ratios = np.exp(result.log_evidence.astype(float) - log_evidence)
+    assert abs(ratios.mean() - 1) < Z * ratios.std(ddof=1) / np.sqrt(NUM_CHAINS)
+    assert ratios.std(ddof=1) < 1.0
+    gaps = _linear_features(result.particles) - expected
+    masses = ratios[:, None] * np.exp(result.log_weights.astype(float))
+    sums = np.einsum("cn,cnf->cf", masses, gaps)
+    errors = sums.mean(0) / (sums.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
+    assert np.all(np.abs(errors) < Z), errors
+    assert np.all(sums.std(0, ddof=1) / np.sqrt(NUM_CHAINS) < 0.06)
+
+
+def test_a_run_says_what_its_blocks_did_and_keeps_deterministic_sites():
+    trace = joint("linear")
+    np.testing.assert_allclose(
+        trace.samples["signal"],
+        trace.samples["gain"][..., None] * trace.samples["x"] @ A.T,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert set(trace.info) >= {"acceptance_rate", "diverging", "n_steps", "lp", "x.acceptance_rate", "x.ess"}
+    assert trace.info["diverging"].mean() < 0.01 and not trace.info["x.num_invalid"].any()
+    assert 0.2 < trace.info["x.acceptance_rate"].mean() <= 1.0
+    assert trace.info["x.ess"].min() >= 1.0 and trace.info["x.ess"].max() <= 3.0
+    # The step size is frozen after the warm-up.
+    assert np.ptp(trace.info["step_size"], axis=1).max() == 0.0
+    data = smcdiff.to_arviz(trace)
+    assert data.posterior["x"].shape == (NUM_CHAINS, 200, 2)
+    assert "x.ess" in data.sample_stats and "diverging" in data.sample_stats
+
+
+def test_new_data_compile_nothing():
+    def run(y):
+        TRACES.clear()
+        settings = {"num_warmup": 4, "num_samples": 6, "num_chains": 2, "progress": False}
+        kernels = {"x": functools.partial(ParticleGibbs, num_particles=2, num_steps=3)}
+        with jax.log_compiles(False):
+            infer(jax.random.key(0), linear, gaussian(), A, y, kernels=kernels, **settings)
+        return len(TRACES)
+
+    compiled = []
+    first = run(Y)
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    second = run(Y + 1.0)
+    assert not [event for event in compiled if "backend_compile" in event]
+    assert second < first  # what is left checks the model
+
+
+# Bad models -----------------------------------------------------------------------------------------------------------
+
+
+def discrete(y):
+    k = numpyro.sample("k", dist.Bernoulli(0.5))
+    x = numpyro.sample("x", DiffusionPrior(gaussian()))
+    numpyro.sample("y", dist.Normal(x * k, 1.0).to_event(1), obs=y)
+
+
+def twice(y):
+    numpyro.sample("x", DiffusionPrior(gaussian()))
+    numpyro.sample("x", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(0.0, 1.0).expand([2]), obs=y)
+
+
+def mismatched(y):
+    x = numpyro.sample("x", DiffusionPrior(gaussian()), obs=jnp.zeros(3))
+    numpyro.sample("z", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(x[:2], 1.0).to_event(1), obs=y)
+
+
+def unconditioned(y):
+    x = numpyro.sample("x", DiffusionPrior(gaussian()))
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1))
+
+
+def observed(y):
+    numpyro.sample("y", dist.Normal(0.0, 1.0).expand([2]), obs=y)
+
+
+def learnt(y):
+    x = numpyro.sample("x", DiffusionPrior(gaussian()))
+    numpyro.sample("y", dist.Normal(x, numpyro.param("width", 1.0)).to_event(1), obs=y)
+
+
+def conditional(y):
+    label = numpyro.sample("label", dist.Normal(0.0, 1.0))
+    moved = jax.tree.map(lambda leaf: leaf + label, gaussian())
+    x = numpyro.sample("x", DiffusionPrior(moved))
+    numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+BAD = [
+    (discrete, TypeError, r"site 'k' of the model is latent and discrete \(Bernoulli.*kernels="),
+    (twice, ValueError, r"a site's name must be used once.*`x`"),
+    (mismatched, ValueError, r"site 'x' of the model has the shape \(2,\), and its value \(3,\)"),
+    (unconditioned, ValueError, r"no observed site.*obs argument"),
+    (observed, ValueError, r"no latent site"),
+    (learnt, TypeError, r"site 'width' of the model is a param"),
+    (conditional, ValueError, r"the diffusion prior of site 'x' depends on site 'label'"),
+]
+
+
+@pytest.mark.parametrize(("model", "error", "message"), BAD, ids=[row[0].__name__ for row in BAD])
+def test_a_bad_model_is_told_in_its_own_names(model, error, message):
+    with pytest.raises(error, match=message):
+        gibbs_sweep(model, Y)
+
+
+def test_bad_kernels_are_told():
+    for kernels, message in [
+        ({"z": NUTS}, r"kernels names \['z'\].*it has \['gain', 'noise', 'x'\]"),
+        ({"x": few, ("x", "gain"): NUTS}, r"kernels names the sites \['x'\] more than once"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gibbs_sweep(linear, gaussian(), A, Y, kernels=kernels)
+    with pytest.raises(ValueError, match="num_particles must be an integer of at least 2"):
+        ParticleGibbs(linear, num_particles=1)
+    with pytest.raises(
+        ValueError, match=r"ParticleGibbs moves one site with a DiffusionPrior.*\['gain', 'noise'\]"
+    ):
+        kernels = {("gain", "noise"): few}
+        smcdiff.run(jax.random.key(0), gibbs_sweep(linear, gaussian(), A, Y, kernels=kernels), 1)
+
+
+# NumPyro's own runner -------------------------------------------------------------------------------------------------
+
+
+def alone(diffusion, y):
+    x = numpyro.sample("x", DiffusionPrior(diffusion))
+    numpyro.deterministic("double", 2.0 * x)
+    numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+def test_particle_gibbs_runs_in_numpyros_mcmc():
+    """As the only kernel, and beside NUTS in NumPyro's Gibbs, where the density of the prior is left out."""
+    mcmc = MCMC(few(alone), num_warmup=5, num_samples=400, progress_bar=False)
+    mcmc.run(jax.random.key(3), gaussian(), Y)
+    samples = mcmc.get_samples()
+    np.testing.assert_allclose(samples["double"], 2 * samples["x"], rtol=1e-6)
+    mean, covariance = chain_law(gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+    gain = covariance @ np.linalg.inv(covariance + 0.25 * np.eye(2))
+    std = np.sqrt(np.diag(covariance - gain @ covariance))
+    # Four steps forget the last one by far: 400 steps are worth 60 draws at least.
+    errors = (np.asarray(samples["x"]).mean(0) - mean - gain @ (Y - mean)) / (std / np.sqrt(60))
+    assert np.all(np.abs(errors) < Z), errors
+    assert isinstance(Gibbs([(few(linear), ["x"]), (NUTS(linear), None)]), Gibbs)
