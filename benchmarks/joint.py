@@ -62,6 +62,7 @@ def run(args) -> dict:
     if args.quick:
         args.samples, args.data_sets, args.sweeps, args.digits = 20, 10, 24, 1
         args.digit_sweeps, args.digit_steps, args.steps, args.particles = 3, 3, 6, 2
+        args.digit_particles = 2
     rows, summary, bars = [], [], []
     for part in args.parts:
         start = time.perf_counter()
@@ -127,8 +128,8 @@ def against_nuts(args):
     rows, bars = [], []
     for i, name in enumerate(QUANTITIES):
         a, b = found[..., i].astype(float), exact[..., i].astype(float)
-        mean_error = np.hypot(az.mcse(a, method="mean"), az.mcse(b, method="mean"))
-        std_error = np.hypot(az.mcse(a, method="sd"), az.mcse(b, method="sd"))
+        mean_error = np.hypot(*(_standard_error(v) for v in (a, b)))
+        std_error = np.hypot(*(_standard_error((v - v.mean()) ** 2) / (2 * v.std()) for v in (a, b)))
         rows.append(
             {
                 "quantity": name,
@@ -147,6 +148,11 @@ def against_nuts(args):
     bars.append(bar("largest error of a mean or a deviation against NUTS, in standard errors", worst, 3.0))
     bars.append(bar("largest R-hat of four chains", max(row["R-hat"] for row in rows), 1.01))
     return rows, rows, bars
+
+
+def _standard_error(x):
+    """Of the mean of chains."""
+    return x.std() / np.sqrt(float(az.ess(x, method="mean")))
 
 
 def calibration(args):
@@ -208,12 +214,15 @@ def _posteriors(keys, prior, y, particles, steps, sweeps):
     return jax.vmap(chain)(keys, y)
 
 
+WIDTH, NOISE = (-0.2, 0.3), (-2.0, 0.5)  # mean and deviation of the logarithm
+
+
 def blurred(prior, y=None):
     """A blurred image: unknown width, in pixels, and unknown noise."""
-    width = numpyro.sample("width", dist.LogNormal(0.2, 0.4))
-    noise = numpyro.sample("noise", dist.LogNormal(-2.0, 0.5))
+    width = numpyro.sample("width", dist.LogNormal(*WIDTH))
+    noise = numpyro.sample("noise", dist.LogNormal(*NOISE))
     x = numpyro.sample("x", smcdiff.DiffusionPrior(prior))
-    blur = inverse.gaussian_blur(prior.event_shape, width, size=9)
+    blur = inverse.gaussian_blur(prior.event_shape, width, size=7)
     numpyro.sample("y", dist.Normal(blur(x), noise).to_event(len(prior.event_shape)), obs=y)
 
 
@@ -227,9 +236,11 @@ def digits(args):
     rows = []
     for seed, image in enumerate(np.asarray(images)[: args.digits]):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(4), seed), 4)
-        width = float(jnp.exp(0.2 + 0.4 * jax.random.normal(keys[0])))
-        noise = float(jnp.exp(-2.0 + 0.5 * jax.random.normal(keys[1])))
-        blur = inverse.gaussian_blur(model.event_shape, width, size=9)
+        width, noise = (
+            float(jnp.exp(mean + std * jax.random.normal(key)))
+            for key, (mean, std) in zip(keys, (WIDTH, NOISE), strict=False)
+        )
+        blur = inverse.gaussian_blur(model.event_shape, width, size=7)
         y = blur(jnp.asarray(image)) + noise * jax.random.normal(keys[2], model.event_shape)
         warm = args.digit_sweeps // 3
         trace = smcdiff.infer(

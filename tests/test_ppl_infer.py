@@ -391,6 +391,7 @@ CASES = {
         _moved_features,
         _moved_exact,
     ),
+    "copies": Case(copies, (gaussian(), TWO), {"x": few}, _copies_features, _copies_exact),
     "counts": Case(counts, (gaussian_1d(), *COUNTS), {"x": few}, _counts_features, _counts_exact),
 }
 

@@ -128,7 +128,7 @@ class _LocalTwist(eqx.Module):
             terms.append(log_twist(_log_rest)(model, problem, x, t))
         if gaussian:
             linear = problem.linearize(denoised)
-            twist = default_twist(model, linear) if self.twist is None else self.twist
+            twist = default_twist(_one(model), linear) if self.twist is None else self.twist
             terms.append(twist(model, linear, x, t))
         first, *more = terms
         shift = sum((term.shift for term in more), first.shift)
@@ -186,6 +186,13 @@ class _Stack(eqx.Module):
 
     def at(self, t):
         return Marginal(self, t)
+
+
+def _one(model):
+    """The diffusion of which a stack is made."""
+    while isinstance(model, _Stack):
+        model = model.model
+    return model
 
 
 def prior_of(site: dict[str, Any]) -> DiffusionPrior | None:
