@@ -359,6 +359,29 @@ def _moved_exact():
     return np.array([mean[0], mean[0] ** 2 + joint[0, 0], mean[1], mean[2] ** 2 + joint[2, 2]])
 
 
+def copies(diffusion, y):
+    """Two unknown samples under a plate, each with a measurement."""
+    with numpyro.plate("copy", 2):
+        x = numpyro.sample("x", DiffusionPrior(diffusion))
+        numpyro.sample("y", dist.Normal(x, 0.6).to_event(1), obs=y)
+
+
+TWO = np.array([[1.7, -0.2], [-0.5, 0.4]], np.float32)
+
+
+def _copies_features(s):
+    x = s["x"].reshape(*s["x"].shape[:-2], 4)
+    return np.concatenate([x, x**2], -1)
+
+
+def _copies_exact():
+    mean, covariance = chain_law(gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+    gain = covariance @ np.linalg.inv(covariance + 0.36 * np.eye(2))
+    means = mean + (TWO - mean) @ gain.T
+    variances = np.diag(covariance - gain @ covariance)
+    return np.concatenate([means.ravel(), (means**2 + variances).ravel()])
+
+
 few = functools.partial(ParticleGibbs, num_particles=3, num_steps=STEPS, twist=guidance.moment_matching())
 CASES = {
     "linear": Case(linear, (gaussian(), A, Y), {"x": few}, _linear_features, _linear_exact),
@@ -406,8 +429,8 @@ def joint(name):
         case.model,
         *case.args,
         kernels=case.kernels,
-        num_warmup=100,
-        num_samples=200,
+        num_warmup=60,
+        num_samples=100,
         num_chains=NUM_CHAINS,
         progress=False,
     )
@@ -420,7 +443,7 @@ def test_the_joint_posterior_is_exact_for_three_particles(name):
     means = CASES[name].features(joint(name).samples).mean(1)
     errors = (means.mean(0) - CASES[name].exact()) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
     assert np.all(np.abs(errors) < Z), errors
-    assert np.all(means.std(0, ddof=1) / np.sqrt(NUM_CHAINS) < 0.06)
+    assert np.all(means.std(0, ddof=1) / np.sqrt(NUM_CHAINS) < 0.09)
 
 
 @pytest.mark.slow
@@ -466,7 +489,7 @@ def test_a_run_says_what_its_blocks_did_and_keeps_deterministic_sites():
     # The step size is frozen after the warm-up.
     assert np.ptp(trace.info["step_size"], axis=1).max() == 0.0
     data = smcdiff.to_arviz(trace)
-    assert data.posterior["x"].shape == (NUM_CHAINS, 200, 2)
+    assert data.posterior["x"].shape == (NUM_CHAINS, 100, 2)
     assert "x.ess" in data.sample_stats and "diverging" in data.sample_stats
 
 
