@@ -162,8 +162,16 @@ def _through(eqn, given):
     return [max(rule, worst) for rule in rules]
 
 
+def _scan_sizes(params):
+    """Numbers of constants and of carried values of a scan."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since JAX 0.12
+    return len(list(consts)), len(list(carry))
+
+
 def _through_scan(eqn, given):
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = _scan_sizes(eqn.params)
     body = eqn.params["jaxpr"]
     body = inlined(lambda *values: _evaluate(body.jaxpr, body.consts, values), *body.in_avals)
     given = list(given)
