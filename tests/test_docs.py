@@ -38,7 +38,9 @@ SIZES = {
         "problem, times=times)": "problem, times=times, twist=smcdiff.guidance.pigdm)",
     },
     "numpyro.md": {
-        "num_warmup=100, num_samples=200, num_chains=4": "num_warmup=10, num_samples=20, num_chains=2"
+        "num_warmup=100,": "num_warmup=10,",
+        "num_samples=200,": "num_samples=20,",
+        "num_chains=4,\n    progress": "num_chains=2,\n    progress",
     },
     "scale.md": {"model.schedule, 20))": "model.schedule, 20), twist=smcdiff.guidance.pigdm)"},
 }
