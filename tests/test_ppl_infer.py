@@ -474,6 +474,13 @@ def test_smc_over_the_parameters_has_the_right_law_and_an_unbiased_evidence():
     assert np.all(sums.std(0, ddof=1) / np.sqrt(NUM_CHAINS) < 0.06)
 
 
+@pytest.mark.slow
+def test_a_marginal_run_says_how_often_it_moved():
+    rate = joint("moved, marginal").info["acceptance_rate"]
+    assert rate.shape == (NUM_CHAINS, 100) and 0.05 < rate.mean() < 0.6
+    assert np.isfinite(joint("moved, marginal").info["lp"]).all()
+
+
 def test_a_run_says_what_its_blocks_did_and_keeps_deterministic_sites():
     trace = joint("linear")
     np.testing.assert_allclose(
@@ -576,6 +583,11 @@ def test_bad_kernels_are_told():
     ]:
         with pytest.raises(ValueError, match=message):
             gibbs_sweep(linear, gaussian(), A, Y, kernels=kernels)
+    # Its evidence is that of all latent sites: a block beside it would make it inexact.
+    with pytest.raises(ValueError, match="ParticleMarginal moves all latent sites together"):
+        gibbs_sweep(linear, gaussian(), A, Y, kernels={("gain", "x"): ParticleMarginal})
+    with pytest.raises(ValueError, match="cannot be one block of several"):
+        ParticleMarginal(linear).refresh(None, (), {})
     with pytest.raises(ValueError, match="num_particles must be an integer of at least 2"):
         ParticleGibbs(linear, num_particles=1)
     with pytest.raises(

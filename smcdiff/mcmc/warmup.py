@@ -40,7 +40,9 @@ __all__ = [
     "WarmUp",
     "adapt",
     "adapt_step_size",
+    "adapt_until",
     "begin_adaptation",
+    "settings_at",
     "window_adaptation",
     "window_stages",
 ]
@@ -229,7 +231,7 @@ class Adaptation(NamedTuple):
         return jnp.exp(self.averaging.log_step_size)
 
     @property
-    def settings(self) -> dict[str, Array | None]:
+    def settings(self) -> dict[str, Any]:
         """What the kernel gets after the warm-up: the averaged step size and the inverse mass matrix."""
         return {
             "step_size": jnp.exp(self.averaging.log_step_size_avg),
@@ -271,6 +273,24 @@ def adapt(adaptation: Adaptation, x, info, stage, target_acceptance) -> Adaptati
             lambda a, b: jnp.where(is_end == 1, a, b), ended, (averaging, metric, pool)
         )
     return Adaptation(averaging, metric, pool)
+
+
+def adapt_until(
+    adaptation: Adaptation, x, info, step, num_warmup: int, target_acceptance: float
+) -> Adaptation:
+    """The warm-up of ONE chain after step number ``step``, at ``x`` (d,); unchanged from step ``num_warmup`` on."""
+    if num_warmup == 0:
+        return adaptation
+    stage = window_stages(num_warmup)[jnp.minimum(step, num_warmup - 1)]
+    adapted = adapt(adaptation, x[None], info, (stage[0], stage[1]), jnp.asarray(target_acceptance, x.dtype))
+    return jax.tree.map(lambda old, new: jnp.where(step >= num_warmup, old, new), adaptation, adapted)
+
+
+def settings_at(adaptation: Adaptation, step, num_warmup: int) -> dict[str, Any]:
+    """Settings of step number ``step``: those on trial in a warm-up of ``num_warmup`` steps, then the averaged ones."""
+    settings: dict[str, Any] = adaptation.settings
+    step_size = jnp.where(step >= num_warmup, settings["step_size"], adaptation.step_size)
+    return settings | {"step_size": step_size}
 
 
 @eqx.filter_jit

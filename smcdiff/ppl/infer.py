@@ -24,8 +24,9 @@ from numpyro.infer.hmc import HMCState
 from smcdiff.checks import check_count
 from smcdiff.ppl.call import ModelCall, model_call
 from smcdiff.ppl.dependence import depends_on_input
-from smcdiff.ppl.particle_gibbs import ParticleGibbs
-from smcdiff.ppl.particle_marginal import ParticleMarginal
+from smcdiff.ppl.kernel import AlgorithmKernelState
+from smcdiff.ppl.particle_gibbs import ParticleGibbs, ParticleGibbsKernelState
+from smcdiff.ppl.particle_marginal import ParticleMarginal, ParticleMarginalKernelState
 from smcdiff.ppl.sites import prior_of, without_prior_density
 from smcdiff.run import Trace, run
 
@@ -198,7 +199,7 @@ def _step(sweep, rng_key, state):
 
 
 def _statistics(state):
-    """What ArviZ knows of the blocks: NUTS's names, and those of particle Gibbs under its site."""
+    """Statistics of the blocks: ArviZ's names for NUTS and particle marginal, under their sites for other blocks."""
     found: dict[str, Array] = {}
     for block in state.block_states:
         if isinstance(block, HMCState):
@@ -210,11 +211,18 @@ def _statistics(state):
                 "step_size": block.adapt_state.step_size,
                 "energy": block.energy,
             }
-        elif hasattr(block, "path"):
+        elif isinstance(block, ParticleGibbsKernelState):
             (name,) = block.z
             found |= {
                 f"{name}.{key}": getattr(block, key) for key in ("acceptance_rate", "ess", "num_invalid")
             }
+        elif isinstance(block, ParticleMarginalKernelState):
+            found |= {
+                "acceptance_rate": block.acceptance_rate,
+                "lp": block.chain.log_prior + block.chain.log_evidence,
+            }
+        elif isinstance(block, AlgorithmKernelState) and hasattr(block.info, "acceptance_rate"):
+            found[f"{'.'.join(block.z)}.acceptance_rate"] = block.info.acceptance_rate
     return found
 
 
@@ -242,7 +250,13 @@ def _blocks(model, args, kwargs, kernels):
     rest = tuple(name for name in others if prior_of(trace[name]) is None)
     if rest:
         named[rest] = NUTS
-    if ParticleMarginal not in [_builder(build)[0] for build in named.values()]:
+    if ParticleMarginal in [_builder(build)[0] for build in named.values()]:
+        if len(named) > 1:
+            raise ValueError(
+                f"ParticleMarginal moves all latent sites together, {latent}, and leaves none to other kernels; got "
+                f"blocks for {list(named)}."
+            )
+    else:
         _check_priors_are_free(model, args, kwargs, latent, trace)
     return tuple((names, *_builder(build)) for names, build in named.items())
 

@@ -11,7 +11,7 @@ from blackjax.base import SamplingAlgorithm
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from numpyro.infer.mcmc import MCMCKernel
 
-from smcdiff.mcmc.warmup import Adaptation, adapt, begin_adaptation, window_stages
+from smcdiff.mcmc.warmup import Adaptation, adapt_until, begin_adaptation, settings_at
 from smcdiff.ppl.target import NumPyroTarget, target_from_numpyro
 
 __all__ = ["AlgorithmKernel", "AlgorithmKernelState", "as_numpyro_kernel"]
@@ -109,10 +109,7 @@ class AlgorithmKernel(MCMCKernel):
         """The algorithm with the settings of a state."""
         if state.adaptation is None:
             return self._builder(target)
-        is_warm = state.num_steps >= self._num_warmup
-        settings = state.adaptation.settings
-        step_size = jnp.where(is_warm, settings["step_size"], state.adaptation.step_size)
-        return self._builder(target, step_size=step_size, inverse_mass_matrix=settings["inverse_mass_matrix"])
+        return self._builder(target, **settings_at(state.adaptation, state.num_steps, self._num_warmup))
 
     def _start(self, target, rng_key, z):
         """State of one chain."""
@@ -135,13 +132,10 @@ class AlgorithmKernel(MCMCKernel):
         rng_key, key_step = jax.random.split(state.rng_key)
         inner, info = self._algorithm(target, state).step(key_step, state.inner)
         adaptation = state.adaptation
-        if adaptation is not None and self._num_warmup:
-            stages = window_stages(self._num_warmup)
-            is_warm = state.num_steps >= self._num_warmup
-            stage = stages[jnp.minimum(state.num_steps, self._num_warmup - 1)]
-            wanted = jnp.asarray(self._target_acceptance, inner.position.dtype)
-            adapted = adapt(adaptation, inner.position[None], info, (stage[0], stage[1]), wanted)
-            adaptation = jax.tree.map(lambda old, new: jnp.where(is_warm, old, new), adaptation, adapted)
+        if adaptation is not None and self._target_acceptance is not None:
+            adaptation = adapt_until(
+                adaptation, inner.position, info, state.num_steps, self._num_warmup, self._target_acceptance
+            )
         return AlgorithmKernelState(
             target.split(inner.position), inner, info, adaptation, state.num_steps + 1, rng_key
         )

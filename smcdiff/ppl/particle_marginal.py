@@ -28,7 +28,7 @@ from numpyro.infer.mcmc import MCMCKernel
 
 from smcdiff.checks import check_between, check_count
 from smcdiff.guidance import Twist
-from smcdiff.mcmc.warmup import Adaptation, adapt, begin_adaptation, window_stages
+from smcdiff.mcmc.warmup import Adaptation, adapt_until, begin_adaptation, settings_at
 from smcdiff.ppl.call import ModelCall, model_call
 from smcdiff.ppl.sites import SiteLikelihood, diffusion_chain, prior_of
 from smcdiff.smc.feynman_kac import FeynmanKac
@@ -145,24 +145,18 @@ class ParticleMarginal(MCMCKernel):
             adaptation, theta, state.z[self._site], state.num_steps, model_args, model_kwargs or {}
         )
         chain, info = algorithm.step(key_step, state.chain)
-        if self._num_warmup:
-            is_warm = state.num_steps >= self._num_warmup
-            stage = window_stages(self._num_warmup)[jnp.minimum(state.num_steps, self._num_warmup - 1)]
-            x = jnp.concatenate([jnp.ravel(chain.position[name]) for name in sorted(theta)])
-            wanted = jnp.asarray(self._target_acceptance, x.dtype)
-            adapted = adapt(adaptation, x[None], info, (stage[0], stage[1]), wanted)
-            adaptation = jax.tree.map(lambda old, new: jnp.where(is_warm, old, new), adaptation, adapted)
+        x = jnp.concatenate([jnp.ravel(chain.position[name]) for name in sorted(theta)])
+        adaptation = adapt_until(
+            adaptation, x, info, state.num_steps, self._num_warmup, self._target_acceptance
+        )
         return self._state(chain, info.acceptance_rate, adaptation, state.num_steps + 1, rng_key)
 
     def refresh(self, state, model_args, model_kwargs) -> ParticleMarginalKernelState:
-        """A new estimate of the evidence where the chain is: another block has changed the target."""
-        rng_key, key_init = jax.random.split(state.rng_key)
-        theta = state.chain.position
-        algorithm = self._algorithm(
-            state.adaptation, theta, state.z[self._site], state.num_steps, model_args, model_kwargs or {}
+        """Refused: an estimate of another target's evidence would have to be kept, and a new one is not exact."""
+        raise ValueError(
+            "ParticleMarginal moves all latent sites together and cannot be one block of several; give it every latent "
+            "site, or use ParticleGibbs for the diffusion's site."
         )
-        chain = algorithm.init(theta, key_init)
-        return self._state(chain, state.acceptance_rate, state.adaptation, state.num_steps, rng_key)
 
     def wrap_model(self, wrapper: Callable) -> "ParticleMarginal":
         """The same kernel for the model ``wrapper(model)``."""
@@ -196,9 +190,8 @@ class ParticleMarginal(MCMCKernel):
 
     def _algorithm(self, adaptation, theta, x, num_steps, args, kwargs):
         """The chain, with a random walk in the proportions of the parameters' deviations."""
-        is_warm = num_steps >= self._num_warmup
-        settings = adaptation.settings
-        scales = jnp.where(is_warm, settings["step_size"], adaptation.step_size) * jnp.sqrt(adaptation.metric)
+        settings = settings_at(adaptation, num_steps, self._num_warmup)
+        scales = settings["step_size"] * jnp.sqrt(settings["inverse_mass_matrix"])
         step_size, start = {}, 0
         for name in sorted(theta):
             stop = start + theta[name].size

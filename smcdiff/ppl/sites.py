@@ -32,6 +32,7 @@ from smcdiff.inverse import InverseProblem, LinearOperator
 from smcdiff.ppl.call import ModelCall
 from smcdiff.ppl.dependence import depends_on_input
 from smcdiff.ppl.diffusion_prior import DiffusionPrior
+from smcdiff.ppl.families import GAUSSIAN, base, whitened
 from smcdiff.schedules import log_snr_times
 from smcdiff.smc import FeynmanKac, tds
 
@@ -244,17 +245,7 @@ def _log_prob(site):
 
 def _whitened(site):
     """(value - loc) in deviations, if the site is Gaussian, else None."""
-    fn, value, scale = site["fn"], site["value"], site["scale"]
-    shape = value.shape
-    while isinstance(fn, dist.ExpandedDistribution | dist.Independent):
-        fn = fn.base_dist
-    if isinstance(fn, dist.Normal):
-        loc, deviation = (jnp.broadcast_to(part, shape) for part in (fn.loc, fn.scale))
-        residual = (value - loc) / deviation
-    elif isinstance(fn, dist.MultivariateNormal):
-        offset = value - jnp.broadcast_to(fn.loc, shape)
-        factor = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
-        residual = jax.scipy.linalg.solve_triangular(factor, offset[..., None], lower=True)[..., 0]
-    else:
+    if type(base(site["fn"])) not in GAUSSIAN:
         return None
+    residual, scale = whitened(site["fn"], site["value"]), site["scale"]
     return residual if scale is None else residual * jnp.sqrt(scale)
