@@ -20,7 +20,10 @@ Command: ``python -m benchmarks joint``
 """
 
 import functools
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import arviz as az
 import jax
@@ -50,6 +53,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--sweeps", type=int, default=600, help="of a data set, of which the first sixth is dropped"
     )
+    parser.add_argument("--batch-size", type=int, default=10, help="data sets that one core does together")
     parser.add_argument("--digits", type=int, default=12)
     parser.add_argument(
         "--digit-sweeps", type=int, default=240, help="of a chain, of which the first third is dropped"
@@ -164,10 +168,18 @@ def calibration(args):
     gain = 1.0 + 0.3 * jax.random.normal(keys[1], (count,))
     noise = jnp.exp(-1.0 + 0.5 * jax.random.normal(keys[2], (count,)))
     y = gain[:, None] * x @ MATRIX.T + noise[:, None] * jax.random.normal(keys[3], (count, 3))
-    draws = _posteriors(
-        jax.random.split(jax.random.key(3), count), prior, y, args.particles, args.steps, args.sweeps
-    )
-    values = features(jax.tree.map(lambda leaf: leaf[:, args.sweeps // 6 :], draws))
+    keys = jax.random.split(jax.random.key(3), count)
+
+    # Vectorised chains all wait for the longest trajectory of NUTS, so that a few at a time on each core are faster.
+    def posteriors(start):
+        some = slice(start, start + args.batch_size)
+        draws = _posteriors(keys[some], prior, y[some], args.particles, args.steps, args.sweeps)
+        return features(jax.tree.map(lambda leaf: leaf[:, args.sweeps // 6 :], draws))
+
+    first = posteriors(0)  # alone, since the others need the program that it compiles
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        others = list(pool.map(posteriors, range(args.batch_size, count, args.batch_size)))
+    values = np.concatenate([first, *others])
     truths = features({"x": x, "gain": gain, "noise": noise})
     rows, summary = [], []
     for i, name in enumerate(QUANTITIES):
@@ -228,50 +240,9 @@ def blurred(prior, y=None):
 
 def digits(args):
     """Coverage of 90 % intervals on held-out digits, with the width and the noise drawn from their priors."""
-    model = smcdiff.load("mnist")
-    images, _ = smcdiff.held_out("mnist")
-    kernels = {
-        "x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=args.digit_steps)
-    }
-    rows = []
-    for seed, image in enumerate(np.asarray(images)[: args.digits]):
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(4), seed), 4)
-        width, noise = (
-            float(jnp.exp(mean + std * jax.random.normal(key)))
-            for key, (mean, std) in zip(keys, (WIDTH, NOISE), strict=False)
-        )
-        blur = inverse.gaussian_blur(model.event_shape, width, size=7)
-        y = blur(jnp.asarray(image)) + noise * jax.random.normal(keys[2], model.event_shape)
-        warm = args.digit_sweeps // 3
-        trace = smcdiff.infer(
-            keys[3],
-            blurred,
-            model,
-            y,
-            kernels=kernels,
-            num_warmup=warm,
-            num_samples=args.digit_sweeps - warm,
-            num_chains=2,
-            progress=False,
-        )
-        low, high = (np.quantile(trace.samples["x"], q, axis=(0, 1)) for q in (0.05, 0.95))
-        moves = np.ptp(np.asarray(image)) * 0.02 < high - low  # pixels that no digit uses are constants
-        row = {"seed": seed, "width": width, "noise": noise}
-        for name, truth in (("width", width), ("noise", noise)):
-            values = trace.samples[name]
-            row |= {
-                f"{name} found": float(values.mean()),
-                f"{name} covered": bool(np.quantile(values, 0.05) <= truth <= np.quantile(values, 0.95)),
-                f"{name} R-hat": float(az.rhat(values.astype(float))) if values.shape[1] > 3 else None,
-            }
-        row |= {
-            "pixels covered": float(((image >= low) & (image <= high))[moves].mean()),
-            "rms error": float(np.sqrt(np.mean((trace.samples["x"].mean((0, 1)) - image) ** 2))),
-            "rms error of y": float(np.sqrt(np.mean((np.asarray(y) - image) ** 2))),
-            "path renewed": float(trace.info["x.acceptance_rate"].mean()),
-        }
-        rows.append(row)
-        print(format_table([row]), flush=True)
+    # Processes, as NumPyro's handlers are not made for threads.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(functools.partial(one_digit, args), range(args.digits)))
     pixels = np.array([row["pixels covered"] for row in rows])
     error = pixels.std(ddof=1) / np.sqrt(len(pixels)) if len(pixels) > 1 else float("nan")
     summary = {
@@ -284,3 +255,49 @@ def digits(args):
     }
     bars = [bar("|coverage of pixels - .9|, digits", abs(pixels.mean() - 0.9), 3 * error)]
     return rows, [summary], bars
+
+
+def one_digit(args, seed) -> dict:
+    """Two chains on one measurement."""
+    model = smcdiff.load("mnist")
+    image = np.asarray(smcdiff.held_out("mnist")[0])[seed]
+    kernels = {
+        "x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=args.digit_steps)
+    }
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(4), seed), 4)
+    width, noise = (
+        float(jnp.exp(mean + std * jax.random.normal(key)))
+        for key, (mean, std) in zip(keys, (WIDTH, NOISE), strict=False)
+    )
+    blur = inverse.gaussian_blur(model.event_shape, width, size=7)
+    y = blur(jnp.asarray(image)) + noise * jax.random.normal(keys[2], model.event_shape)
+    warm = args.digit_sweeps // 3
+    trace = smcdiff.infer(
+        keys[3],
+        blurred,
+        model,
+        y,
+        kernels=kernels,
+        num_warmup=warm,
+        num_samples=args.digit_sweeps - warm,
+        num_chains=2,
+        progress=False,
+    )
+    low, high = (np.quantile(trace.samples["x"], q, axis=(0, 1)) for q in (0.05, 0.95))
+    moves = np.ptp(image) * 0.02 < high - low  # pixels that no digit uses are constants
+    row = {"seed": seed, "width": width, "noise": noise}
+    for name, truth in (("width", width), ("noise", noise)):
+        values = trace.samples[name]
+        row |= {
+            f"{name} found": float(values.mean()),
+            f"{name} covered": bool(np.quantile(values, 0.05) <= truth <= np.quantile(values, 0.95)),
+            f"{name} R-hat": float(az.rhat(values.astype(float))) if values.shape[1] > 3 else None,
+        }
+    row |= {
+        "pixels covered": float(((image >= low) & (image <= high))[moves].mean()),
+        "rms error": float(np.sqrt(np.mean((trace.samples["x"].mean((0, 1)) - image) ** 2))),
+        "rms error of y": float(np.sqrt(np.mean((np.asarray(y) - image) ** 2))),
+        "path renewed": float(trace.info["x.acceptance_rate"].mean()),
+    }
+    print(format_table([row]), flush=True)
+    return row

@@ -92,6 +92,12 @@ def measure(model: Any, images: np.ndarray, shipped: np.ndarray, seed: int) -> d
     }
 
 
+def hardware() -> str:
+    """The device, in words."""
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} shared CPU cores, float32" if device.platform == "cpu" else device.device_kind
+
+
 def readme(card: dict[str, Any]) -> str:
     """The card as a page for people."""
     loss, training, data, name = card["denoising_loss"], card["training"], card["data"], card["name"]
@@ -143,8 +149,8 @@ standard error, and its root.
 | --- | --- | --- |
 {rows}
 
-Limitations: an unconditional prior over one small data set, trained for {training["minutes"]:.0f} minutes on a CPU;
-some samples are malformed. Training covered sigma/alpha from {lowest:g} to {highest:g}. Pixels are continuous, not
+Limitations: an unconditional prior over one small data set, trained for {training["minutes"]:.0f} minutes; some samples
+are malformed. Training covered sigma/alpha from {lowest:g} to {highest:g}. Pixels are continuous, not
 quantised, and samples may leave [0, 1] slightly.
 
 This page is written from `card.json` by `models/train.py`.
@@ -218,7 +224,7 @@ def main() -> None:
             "final_loss": float(f"{history['loss'][-1]:.5g}"),
             "minutes": round(history["seconds"][-1] / 60, 1),
             "note": arguments.note,
-            "hardware": f"{os.cpu_count()} shared CPU cores, float32",
+            "hardware": hardware(),
         },
         "denoising_loss": measure(model, held_out, shipped, arguments.seed),
         "versions": {
