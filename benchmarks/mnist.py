@@ -12,9 +12,9 @@ the best of three step sizes, chosen for it by its own result.
 The kernel density is the images plus Gaussian noise of deviation h = 0.2 (the best on held-out images is 0.18); the
 network's prior has no such noise. With `--smoothing matched` both have it: adding it to the network's samples adds
 h^2 A A^T to the covariance of the measurement, and that is the problem the samplers are then given.
-Bar: mean total variation of the class posterior to the exact one, tds at most half of DPS's. It is missed with 64 and with
-2048 particles, with three networks and both smoothings: nearly all of the variation comes from two measurements, on
-which the kernel density is sure of a class that the network's samples, of either sampler, do not have. What is left
+Bar: mean total variation of the class posterior to the exact one, tds at most half of DPS's. It is missed with 64 and
+with 2048 particles, with three networks and both smoothings: nearly all of the variation comes from two measurements,
+on which the kernel density is sure of a class that the network's samples, of either sampler, do not have. What is left
 differs between the priors, not between the samplers.
 
 Command: ``python -m benchmarks mnist --data data/mnist.npz`` (the file that models/prepare_data.py makes)

@@ -3,10 +3,29 @@
 A diffusion model is a path of densities p_t from data (t = 0) to noise (t = 1); samplers travel along paths.
 """
 
-from smcdiff import analytic, compose, estimators, guidance, inverse, mcmc, nets, ppl, schedules, smc, targets
+from smcdiff import (
+    analytic,
+    calibration,
+    compose,
+    diagnostics,
+    estimators,
+    guidance,
+    inverse,
+    mcmc,
+    metrics,
+    nets,
+    plots,
+    ppl,
+    schedules,
+    smc,
+    targets,
+    testing,
+)
 from smcdiff.analytic import EmpiricalDiffusion, GaussianDiffusion, GaussianMixtureDiffusion
 from smcdiff.checkpoints import held_out, load, models
+from smcdiff.diagnostics import diagnose
 from smcdiff.diffusion import Diffusion, Marginal
+from smcdiff.from_arviz import from_arviz
 from smcdiff.inverse import InverseProblem
 from smcdiff.mixture import GaussianMixture
 from smcdiff.ode_density import ode_logdensity
@@ -30,6 +49,7 @@ from smcdiff.smc import (
     svdd,
     tds,
 )
+from smcdiff.testing import check_invariance, check_properly_weighted, check_score
 from smcdiff.to_arviz import to_arviz
 
 __all__ = [
@@ -47,10 +67,17 @@ __all__ = [
     "analytic",
     "annealed_mcmc",
     "bootstrap",
+    "calibration",
+    "check_invariance",
+    "check_properly_weighted",
+    "check_score",
     "compose",
+    "diagnose",
+    "diagnostics",
     "estimators",
     "fk_steering",
     "fkc",
+    "from_arviz",
     "guidance",
     "held_out",
     "infer",
@@ -59,11 +86,13 @@ __all__ = [
     "log_snr_times",
     "mcgdiff",
     "mcmc",
+    "metrics",
     "models",
     "nets",
     "ode_logdensity",
     "particle_gibbs",
     "particle_marginal_mh",
+    "plots",
     "posterior",
     "ppl",
     "rdmc",
@@ -79,6 +108,7 @@ __all__ = [
     "target_from_numpyro",
     "targets",
     "tds",
+    "testing",
     "to_arviz",
 ]
 

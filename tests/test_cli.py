@@ -19,7 +19,7 @@ import xarray
 from PIL import Image
 
 import smcdiff
-from smcdiff import checkpoints, cli, report
+from smcdiff import checkpoints, cli, inverse, report
 from smcdiff.report import experiment
 from smcdiff.report.data import DATA_FILES
 
@@ -187,7 +187,7 @@ def test_a_picture_is_an_image_too(tiny, tmp_path, monkeypatch):
     values = np.random.default_rng(1).integers(0, 256, size=(8, 8)).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / "picture.png")
     (_, _, problem), _ = _called(tiny, tmp_path, monkeypatch, image=tmp_path / "picture.png", noise=1e-6)
-    hidden = report.unobserved(problem)
+    hidden = inverse.unobserved(problem)
     np.testing.assert_allclose(problem.adjoint(problem.y), np.where(hidden, 0, values / 255), atol=1e-4)
 
 

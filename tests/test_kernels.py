@@ -1,12 +1,9 @@
 """Properties that every kernel of tests/kernel_cases.py has.
 
-Stationarity: chains start from exact draws and take steps; for every feature, the change along a chain has mean zero if
-the kernel leaves the target alone. Checks are in standard errors, estimated from the independent chains; the bound is
-5, which a right kernel passes except with probability 6e-7 a check, 1e-3 for all checks of this module together. What
-a wrong kernel looks like is planted in the last tests.
+Stationarity is that of `smcdiff.testing.check_invariance`: chains start from exact draws and take steps, and the
+mean of no function may change. A right kernel fails with a probability of 1e-5 a target, 1e-3 for all checks of this
+module together. What a wrong kernel looks like is planted in the last tests.
 """
-
-import functools
 
 import blackjax
 import jax
@@ -15,13 +12,14 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 from kernel_cases import KERNELS
-from mcmc_targets import features, logdensity, targets
+from mcmc_targets import logdensity, targets
 
 import smcdiff
 from smcdiff import mcmc
 from smcdiff.density import LogDensity
+from smcdiff.testing import check_invariance
 
-BOUND = 5.0
+FALSE_FAIL = 1e-5
 EXACT = [name for name, kernel in KERNELS.items() if kernel.is_exact]
 SCORES_ONLY = [name for name, kernel in KERNELS.items() if kernel.scores_only]
 
@@ -41,43 +39,30 @@ jax.tree_util.register_pytree_node(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps",))
-def evolve(rng_key, algorithm, positions, num_steps):
-    """The last states of many chains, and the acceptance rates of all steps."""
-
-    def chain(key, position):
-        state = algorithm.init(position, jax.random.fold_in(key, num_steps))
-
-        def step(state, k):
-            state, info = algorithm.step(jax.random.fold_in(key, k), state)
-            return state, info.acceptance_rate
-
-        return jax.lax.scan(step, state, jnp.arange(num_steps))
-
-    return jax.vmap(chain)(jax.random.split(rng_key, len(positions)), positions)
-
-
-def z_scores(before, after):
-    """Mean change of every feature in standard errors."""
-    change = after - before
-    return change.mean(0) / (change.std(0, ddof=1) / np.sqrt(len(change)) + 1e-12)
-
-
 def check_stationarity(algorithm, target, num_chains=2000, num_steps=20, seed=0):
-    """z-scores of all features; the acceptance rate must leave something to test."""
-    start = target.sample(seed, num_chains)
-    positions = jnp.asarray(start, jnp.float32)
-    state, rates = evolve(jax.random.key(seed), algorithm, positions, num_steps)
-    assert float(rates.mean()) > 0.2
-    return z_scores(features(target, start), features(target, np.asarray(state.position)))
+    """The report of chains that start from exact draws; the acceptance rate must leave something to test."""
+
+    def exact(rng_key, num_samples):
+        return jnp.asarray(target.sample(seed, num_samples), jnp.float32)
+
+    report = check_invariance(
+        jax.random.key(seed),
+        algorithm,
+        exact,
+        num_chains=num_chains,
+        num_steps=num_steps,
+        modes=jnp.asarray(target.means, jnp.float32),
+        false_fail=FALSE_FAIL,
+    )
+    assert report.details["acceptance_rate"] > 0.2
+    return report
 
 
 @pytest.mark.parametrize("target_name", targets(2))
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_kernels_leave_targets_alone(name, target_name):
     target = targets(2)[target_name]
-    z = check_stationarity(KERNELS[name].build(target.density(), 2), target)
-    assert np.all(np.abs(z) < BOUND), z
+    check_stationarity(KERNELS[name].build(target.density(), 2), target).raise_if_failed()
 
 
 @pytest.mark.slow
@@ -85,8 +70,7 @@ def test_exact_kernels_leave_targets_alone(name, target_name):
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_kernels_leave_targets_alone_in_20_dimensions(name, target_name):
     target = targets(20)[target_name]
-    z = check_stationarity(KERNELS[name].build(target.density(), 20), target, 8000, 20)
-    assert np.all(np.abs(z) < BOUND), z
+    check_stationarity(KERNELS[name].build(target.density(), 20), target, 8000, 20).raise_if_failed()
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -211,8 +195,8 @@ jax.tree_util.register_pytree_node(
 @pytest.mark.parametrize("target_name", targets(2))
 def test_the_check_finds_a_wrong_factor_two(target_name):
     target = targets(2)[target_name]
-    z = check_stationarity(_WrongMala(target.density(), 0.1), target)
-    assert np.abs(z).max() > 2 * BOUND
+    report = check_stationarity(_WrongMala(target.density(), 0.1), target)
+    assert np.abs(report.z).max() > 2 * report.bound
 
 
 def test_the_check_finds_a_momentum_that_is_not_turned_round():
@@ -227,22 +211,12 @@ def test_the_check_finds_a_momentum_that_is_not_turned_round():
         return new._replace(momentum=momentum), info
 
     wrong = algorithm._replace(step=Partial(without_flip, *step.args))
-    assert np.all(np.abs(check_stationarity(algorithm, target, 20_000, 25)) < BOUND)
-    assert np.abs(check_stationarity(wrong, target, 20_000, 25)).max() > 2 * BOUND
+    check_stationarity(algorithm, target, 20_000, 25).raise_if_failed()
+    report = check_stationarity(wrong, target, 20_000, 25)
+    assert np.abs(report.z).max() > 2 * report.bound
 
 
-def test_blackjax_kernels_run_on_the_same_targets():
+def test_blackjax_kernels_pass_the_same_check():
     target = targets(2)["mixture"]
-    start = target.sample(0, 1000)
     algorithm = blackjax.nuts(target.density().logdensity, 0.4, jnp.ones(2))
-    trace = smcdiff.run(
-        jax.random.key(0),
-        algorithm,
-        5,
-        position=jnp.asarray(start, jnp.float32),
-        num_chains=1000,
-        chunk_size=5,
-        progress=False,
-    )
-    z = z_scores(features(target, start), features(target, np.asarray(trace.state.position)))
-    assert np.all(np.abs(z) < BOUND), z
+    check_stationarity(algorithm, target, 1000, 5).raise_if_failed()

@@ -15,10 +15,10 @@ import xarray
 from PIL import Image
 
 import smcdiff
-from smcdiff import report
+from smcdiff import inverse, plots, report
+from smcdiff.diagnostics import estimates
 from smcdiff.inverse import InverseProblem, dense, identity, simulate_problem
 from smcdiff.report import data as report_data
-from smcdiff.report import plots
 from smcdiff.smc import SMCInfo, SMCResult
 
 SHAPE = (8, 8)
@@ -143,7 +143,7 @@ def test_data_reads_back_through_arviz(written):
         np.testing.assert_array_equal(posterior.values[chain], result.particles[chain][chosen[chain]])
     np.testing.assert_array_equal(data["observed_data"]["y"].values, problem.y)
     np.testing.assert_array_equal(data["constant_data"]["truth"].values, truth)
-    np.testing.assert_array_equal(data["constant_data"]["unobserved"].values, report.unobserved(problem))
+    np.testing.assert_array_equal(data["constant_data"]["unobserved"].values, inverse.unobserved(problem))
     np.testing.assert_allclose(data["constant_data"]["noise_std"].values, 0.5, rtol=1e-6)
     np.testing.assert_array_equal(data["smc"]["ess"].values, result.ess)
     assert json.loads(data.attrs["settings"]) == {"noise": 0.5, "mask": "center"}
@@ -238,7 +238,7 @@ def test_summary_equals_an_independent_computation():
 def test_rhat_and_bulk_ess_are_those_of_arviz_on_the_saved_draws(written):
     folder, summary, *_ = written
     saved = _read(folder)["posterior"]["x"].values
-    where = report.unobserved(written[3])
+    where = inverse.unobserved(written[3])
     assert len(summary["quantities"]) == 6
     for name, entry in summary["quantities"].items():
         if name.startswith("pixel"):
@@ -265,19 +265,19 @@ def test_coverage_of_exact_posterior_draws_is_the_level():
     particles = scale * rng.normal(size=(1, 400, *shape))
     result = _result(particles, np.full((1, 400), -np.log(400)), np.array([0.0]))
     everywhere = np.ones(shape, bool)
-    assert report.coverage(report.estimate(result), truth, everywhere) == pytest.approx(0.9, abs=0.02)
-    assert report.coverage(report.estimate(result, 0.5), truth, everywhere) == pytest.approx(0.5, abs=0.03)
+    assert report.coverage(estimates.estimate(result), truth, everywhere) == pytest.approx(0.9, abs=0.02)
+    assert report.coverage(estimates.estimate(result, 0.5), truth, everywhere) == pytest.approx(0.5, abs=0.03)
 
 
 def test_coverage_counts_only_the_pixels_asked_for_and_the_ends():
     lower, upper = np.zeros(SHAPE), np.ones(SHAPE)
-    estimates = report.Estimates(lower, lower, lower, upper, 0.9)
+    found = estimates.Estimates(lower, lower, lower, upper, 0.9)
     truth = np.full(SHAPE, 1.1)
     truth[0, :6] = [0.0, 1.0, 0.5, -0.01, 1.01, 3.0]
     where = np.zeros(SHAPE, bool)
     where[0, :6] = True
-    assert report.coverage(estimates, truth, where) == pytest.approx(3 / 6)
-    assert report.coverage(estimates, truth, where, tolerance=0.011) == pytest.approx(5 / 6)
+    assert report.coverage(found, truth, where) == pytest.approx(3 / 6)
+    assert report.coverage(found, truth, where, tolerance=0.011) == pytest.approx(5 / 6)
 
 
 def test_psnr_in_closed_form():
@@ -292,7 +292,7 @@ def test_draws_are_pooled_by_evidence():
     particles = np.arange(6.0).reshape(2, 3, 1, 1) * np.ones((1, 1, *SHAPE))
     log_weights = np.log(np.array([[1.0, 1.0, 1.0], [1e-6, 0.25, 0.75]]) / [[3.0], [1.000001]])
     result = _result(particles, log_weights, np.log([1.0, 100.0]))
-    draws = report.pooled_draws(jax.random.key(0), result, 400)[:, 0, 0]
+    draws = estimates.pooled_draws(jax.random.key(0), result, 400)[:, 0, 0]
     share = {value: np.mean(draws == value) for value in range(6)}
     assert share[5] == pytest.approx(0.75 * 100 / 101, abs=1 / 400)  # systematic resampling: to one draw
     assert share[4] == pytest.approx(0.25 * 100 / 101, abs=1 / 400)
@@ -365,7 +365,7 @@ def test_advice_names_what_is_out_of_bounds():
     rng = np.random.default_rng(0)
     good = rng.normal(0.5, 0.1, size=result.particles.shape)
     measured = np.asarray(problem.adjoint(problem.y))
-    good = np.where(report.unobserved(problem), good, measured).astype(np.float32)
+    good = np.where(inverse.unobserved(problem), good, measured).astype(np.float32)
     calm = result._replace(
         particles=good,
         log_weights=np.full((4, 60), -np.log(60.0), np.float32),
@@ -382,7 +382,7 @@ def test_advice_names_what_is_out_of_bounds():
     assert told.startswith("The log evidence differs between chains by 3.2 nats")
     (told,) = advice(calm._replace(info=calm.info._replace(ess=np.full((4, 3), 1.2))))
     assert told.startswith("The effective sample size fell to 1.2 of 60")
-    apart = good + np.array([0.0, 0.5, 0.0, 0.0], np.float32)[:, None, None, None] * report.unobserved(
+    apart = good + np.array([0.0, 0.5, 0.0, 0.0], np.float32)[:, None, None, None] * inverse.unobserved(
         problem
     )
     (told,) = advice(calm._replace(particles=apart.astype(np.float32)))
@@ -407,7 +407,7 @@ def test_advice_names_what_is_out_of_bounds():
 def test_masks_hide_what_they_say(mask, hidden):
     expected = np.zeros(SHAPE, bool)
     expected[hidden] = True
-    np.testing.assert_array_equal(report.unobserved(_problem(mask=mask)), expected)
+    np.testing.assert_array_equal(inverse.unobserved(_problem(mask=mask)), expected)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 12, 8)])
@@ -416,11 +416,11 @@ def test_problems_measure_the_image_with_the_noise(name, shape):
     truth = _images(1, shape)[0]
     problem = report.make_problem(jax.random.key(0), name, truth, 1e-6)
     np.testing.assert_allclose(problem.y, problem.operator(truth), atol=1e-4)
-    assert report.unobserved(problem).all() == (name != "inpaint")
-    panels = report.image_panels(problem, truth, report.estimate(_random_result(shape=shape)))
+    assert inverse.unobserved(problem).all() == (name != "inpaint")
+    panels = plots.image_panels(problem, truth, estimates.estimate(_random_result(shape=shape)))
     assert {panel.image.shape[:2] for panel in panels if panel.name == "truth"} == {shape[-2:]}
     for panel in panels:
-        report.plot_panel(panel)
+        plots.plot_panel(panel)
 
 
 def test_default_sizes_of_blocks_and_blur():
@@ -434,14 +434,14 @@ def test_default_sizes_of_blocks_and_blur():
 def test_unobserved_is_everything_for_operators_that_mix_or_keep_all_pixels():
     rng = np.random.default_rng(0)
     for operator in (identity(SHAPE), dense(rng.normal(size=(5, 64)).astype(np.float32), SHAPE)):
-        assert report.unobserved(InverseProblem(operator, jnp.zeros(operator.output_shape), 0.1)).all()
+        assert inverse.unobserved(InverseProblem(operator, jnp.zeros(operator.output_shape), 0.1)).all()
 
 
 def test_measurement_of_a_general_operator_is_drawn_by_its_adjoint():
     matrix = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     problem = simulate_problem(jax.random.key(0), dense(matrix, SHAPE), jnp.asarray(_images(1)[0]), 0.1)
     panels = {
-        p.name: p for p in report.image_panels(problem, _images(1)[0], report.estimate(_random_result()))
+        p.name: p for p in plots.image_panels(problem, _images(1)[0], estimates.estimate(_random_result()))
     }
     np.testing.assert_allclose(
         panels["measurement"].image, (matrix.T @ np.asarray(problem.y)).reshape(SHAPE), rtol=1e-4, atol=1e-5
@@ -461,7 +461,7 @@ def test_measurement_of_a_general_operator_is_drawn_by_its_adjoint():
             lambda: report.make_problem(jax.random.key(0), "deblur", np.zeros(4), 0.1),
             "truth must be an image",
         ),
-        (lambda: report.as_picture(np.zeros((2, 4, 4))), "draws images"),
+        (lambda: plots.as_picture(np.zeros((2, 4, 4))), "are of images"),
         (lambda: report.Settings(model="m", problem="inpaint", image=1).missing, None),
     ],
 )
@@ -631,9 +631,9 @@ def test_style_changes_nothing_outside():
 
 def test_hidden_pixels_are_marked_and_grey_images_are_not_smoothed():
     problem, truth = _problem(), _images(1)[0]
-    panels = {p.name: p for p in report.image_panels(problem, truth, report.estimate(_random_result()))}
-    np.testing.assert_array_equal(np.isnan(panels["measurement"].image), report.unobserved(problem))
-    figure = report.plot_panel(panels["measurement"])
+    panels = {p.name: p for p in plots.image_panels(problem, truth, estimates.estimate(_random_result()))}
+    np.testing.assert_array_equal(np.isnan(panels["measurement"].image), inverse.unobserved(problem))
+    figure = plots.plot_panel(panels["measurement"])
     (drawn,) = figure.axes[0].images
     assert drawn.get_interpolation() == "nearest" and drawn.get_clim() == (0.0, 1.0)
     assert figure.axes[0].get_title() == "measurement"

@@ -17,11 +17,12 @@ from jax.tree_util import Partial
 from mcmc_targets import features, targets
 
 import smcdiff
-from smcdiff.mcmc.affine_pool import _covariance, _merge, _Moments, affine_map, affine_pool
+from smcdiff.mcmc.affine_pool import _covariance, affine_map, affine_pool
 from smcdiff.mcmc.geodesic_slice import geodesic_slice
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice, to_polar
 from smcdiff.mcmc.slice_1d import SliceState, shrink, step_out
+from smcdiff.moments import Moments, add_rows
 
 # Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
 pytestmark = pytest.mark.slow
@@ -609,9 +610,9 @@ def test_a_pool_tunes_other_kernels_and_pytrees():
 def test_moments_are_numpys_and_what_does_not_move_keeps_its_variance():
     x = np.random.default_rng(18).normal(size=(30, 3)) * [1.0, 2.0, 0.0] + [4.0, -1.0, 5.0]
     for before in (jnp.asarray([9.0, 8.0, 7.0]), 9.0 * jnp.eye(3) + 1.0):
-        moments = _Moments(jnp.zeros(()), jnp.zeros(3), jnp.zeros(before.shape))
+        moments = Moments(jnp.zeros(()), jnp.zeros(3), jnp.zeros(before.shape))
         for rows in (slice(0, 3), slice(3, 30)):
-            moments = _merge(moments, jnp.asarray(x[rows], jnp.float32))
+            moments = add_rows(moments, jnp.asarray(x[rows], jnp.float32))
         found = _covariance(moments, before)
         expected = np.cov(x.T)
         if before.ndim == 1:

@@ -15,7 +15,8 @@ from jax.tree_util import Partial
 import smcdiff
 from smcdiff.mcmc.hamiltonian import hmc
 from smcdiff.mcmc.langevin import mala
-from smcdiff.mcmc.warmup import _add, _covariance, _empty, adapt_step_size, window_adaptation
+from smcdiff.mcmc.warmup import _covariance, _empty, adapt_step_size, window_adaptation
+from smcdiff.moments import add_rows
 
 CHAINS = 64
 VARIANCES = np.array([0.01, 1.0, 25.0, 4.0])
@@ -105,7 +106,7 @@ def test_batches_add_up_to_the_covariance_of_all(metric):
     x = np.random.default_rng(0).normal(3.0, 2.0, (5, 2, 3)).cumsum(0).astype(np.float32)
     pool = _empty(metric)
     for batch in x:
-        pool = _add(pool, jnp.asarray(batch))
+        pool = add_rows(pool, jnp.asarray(batch))
     covariance = np.cov(x.reshape(10, 3), rowvar=False)
     covariance = np.diag(covariance) if metric.ndim == 1 else covariance
     # Stan's shrinkage towards 0.001.

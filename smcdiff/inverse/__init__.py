@@ -4,7 +4,7 @@ from smcdiff.inverse.filters import blur, downsample, gaussian_blur
 from smcdiff.inverse.masks import crop_box, mask, random_mask
 from smcdiff.inverse.noise import GaussianNoise
 from smcdiff.inverse.operators import LinearOperator, dense, identity, linear
-from smcdiff.inverse.problem import InverseProblem, simulate_problem
+from smcdiff.inverse.problem import InverseProblem, simulate_problem, unobserved
 
 __all__ = [
     "GaussianNoise",
@@ -20,4 +20,5 @@ __all__ = [
     "mask",
     "random_mask",
     "simulate_problem",
+    "unobserved",
 ]

@@ -9,12 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from smcdiff.inverse.noise import GaussianNoise
 from smcdiff.inverse.operators import LinearOperator
 
-__all__ = ["InverseProblem", "simulate_problem"]
+__all__ = ["InverseProblem", "simulate_problem", "unobserved"]
 
 
 class InverseProblem(eqx.Module):
@@ -132,3 +132,25 @@ def simulate_problem(
 def _in_dtype_of(y, noise):
     """A number takes the dtype of ``y``; whatever else was passed is left to `GaussianNoise`."""
     return jnp.asarray(noise, y.dtype) if isinstance(noise, int | float) else noise
+
+
+def unobserved(problem: InverseProblem) -> Bool[np.ndarray, "*event"]:
+    """Pixels that are not themselves measured: the hidden ones of a mask, all of them for every other operator.
+
+    Parameters
+    ----------
+    problem
+        The inverse problem.
+
+    Returns
+    -------
+    Boolean array of the event shape.
+    """
+    shape = problem.operator.input_shape
+    kept = np.asarray(problem.adjoint(problem.operator(jnp.ones(shape))))
+    # A* A of a mask multiplies by zeros and ones. No other operator of a random image does that.
+    image = jax.random.normal(jax.random.key(0), shape)
+    is_mask = set(np.unique(kept)) <= {0.0, 1.0} and np.array_equal(
+        problem.adjoint(problem.operator(image)), kept * np.asarray(image)
+    )
+    return kept == 0.0 if is_mask and not kept.all() else np.ones(shape, bool)

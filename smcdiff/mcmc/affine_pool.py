@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from smcdiff.checks import check_count
 from smcdiff.density import as_pytree
 from smcdiff.mcmc.metric import InverseMassMatrix, from_whitened, mass_factor
+from smcdiff.moments import Moments, add_rows
 
 __all__ = ["AffineMap", "AffinePool", "affine_map", "affine_pool"]
 
@@ -101,14 +102,6 @@ class AffinePool(NamedTuple):
     center: PyTree
     covariance: Float[Array, " d"] | Float[Array, "d d"]
     acceptance_rate: Float[Array, " windows"]
-
-
-class _Moments(NamedTuple):
-    """Number, mean, and sum of squares (d,) or products (d, d) about the mean."""
-
-    size: Float[Array, ""]
-    mean: Float[Array, " d"]
-    squares: Float[Array, " d"] | Float[Array, "d d"]
 
 
 def affine_pool(
@@ -186,9 +179,9 @@ def _pool_program(rng_key, build, position, lengths: Int[Array, " windows"], cov
             state, info = jax.vmap(algorithm.step)(step_keys, state)
             x = jax.vmap(lambda one: ravel_pytree(one)[0])(state.position)
             rate = jnp.mean(jnp.asarray(info.acceptance_rate, flat.dtype))
-            return state, _merge(moments, x), acceptance + rate
+            return state, add_rows(moments, x), acceptance + rate
 
-        nothing = _Moments(jnp.zeros((), flat.dtype), jnp.zeros(d, flat.dtype), jnp.zeros(shape, flat.dtype))
+        nothing = Moments(jnp.zeros((), flat.dtype), jnp.zeros(d, flat.dtype), jnp.zeros(shape, flat.dtype))
         state, moments, acceptance = jax.lax.fori_loop(
             0, length, step, (state, nothing, jnp.zeros((), flat.dtype))
         )
@@ -204,20 +197,6 @@ def _pool_program(rng_key, build, position, lengths: Int[Array, " windows"], cov
 
 
 _tune = jax.jit(_pool_program, static_argnames="covariance")
-
-
-def _merge(moments, x):
-    """Moments with the rows of ``x`` added."""
-    rows = jnp.asarray(x.shape[0], x.dtype)
-    mean = jnp.mean(x, axis=0)
-    centred, gap = x - mean[None], mean - moments.mean
-    size = moments.size + rows
-    between = moments.size * rows / size
-    if moments.squares.ndim == 1:
-        squares = jnp.sum(centred**2, axis=0) + between * gap**2
-    else:
-        squares = centred.T @ centred + between * jnp.outer(gap, gap)
-    return _Moments(size, moments.mean + rows / size * gap, moments.squares + squares)
 
 
 def _covariance(moments, before):

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import as_pytree
+from smcdiff.moments import Moments, add_rows
 
 __all__ = [
     "Adaptation",
@@ -200,14 +201,6 @@ def _checked(num_steps, target_acceptance, initial_step_size):
     return jnp.asarray([target_acceptance, initial_step_size], jnp.result_type(float))
 
 
-class _Pool(NamedTuple):
-    """Moments of all positions since the window began."""
-
-    size: Float[Array, ""]
-    mean: Float[Array, " d"]
-    squares: Float[Array, " d"] | Float[Array, "d d"]  # summed, about the mean
-
-
 class Adaptation(NamedTuple):
     """A warm-up on its way; begin it with `begin_adaptation`, go on with `adapt`.
 
@@ -267,7 +260,7 @@ def adapt(adaptation: Adaptation, x, info, stage, target_acceptance) -> Adaptati
     averaging = update(averaging, jnp.mean(_acceptance_rate(info).astype(target_acceptance.dtype)))
     if metric is not None:
         is_slow, is_end = stage
-        pool = jax.tree.map(lambda a, b: jnp.where(is_slow == 1, a, b), _add(pool, x), pool)
+        pool = jax.tree.map(lambda a, b: jnp.where(is_slow == 1, a, b), add_rows(pool, x), pool)
         ended = (start(final(averaging)), _covariance(pool, metric), _empty(metric))
         averaging, metric, pool = jax.tree.map(
             lambda a, b: jnp.where(is_end == 1, a, b), ended, (averaging, metric, pool)
@@ -347,23 +340,9 @@ def _dual_averaging(target_acceptance):
 
 
 def _empty(metric):
-    return _Pool(
+    return Moments(
         jnp.zeros((), metric.dtype), jnp.zeros(metric.shape[0], metric.dtype), jnp.zeros_like(metric)
     )
-
-
-def _add(pool, x):
-    """A pool with the rows of ``x`` (n, d) added, by the update of Chan, Golub and LeVeque."""
-    num = x.shape[0]
-    count = pool.size + num
-    mean = jnp.mean(x, axis=0)
-    centred, shift = x - mean[None], mean - pool.mean
-    share = pool.size * num / count
-    if pool.squares.ndim == 1:
-        squares = pool.squares + jnp.sum(centred**2, axis=0) + share * shift**2
-    else:
-        squares = pool.squares + centred.T @ centred + share * jnp.outer(shift, shift)
-    return _Pool(count, pool.mean + shift * (num / count), squares)
 
 
 def _covariance(pool, metric):

@@ -1,4 +1,4 @@
-"""Images in and out: a file as one sample of a model, a sample as something to draw."""
+"""Images in: a file as one sample of a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["as_picture", "read_image"]
+__all__ = ["read_image"]
 
 
 def read_image(
@@ -61,27 +61,3 @@ def read_image(
     low, high = pixel_range
     values = np.moveaxis(values, -1, 0) if values.ndim == 3 else values
     return (low + (high - low) * values).reshape(shape).astype(np.float32)
-
-
-def as_picture(sample: Float[np.ndarray, "*event"]) -> Float[np.ndarray, "rows columns *rgb"]:
-    """Bring a sample into the axes that are drawn: (rows, columns), or (rows, columns, 3) for colour.
-
-    Parameters
-    ----------
-    sample
-        Array (rows, columns), (1, rows, columns) or (3, rows, columns).
-
-    Raises
-    ------
-    ValueError
-        If it has other axes.
-    """
-    sample = np.asarray(sample)
-    if sample.ndim == 3 and sample.shape[0] in (1, 3):
-        sample = sample[0] if sample.shape[0] == 1 else np.moveaxis(sample, 0, -1)
-        return sample
-    if sample.ndim != 2:
-        raise ValueError(
-            f"a report draws images (rows, columns) or (1 or 3, rows, columns), got shape {sample.shape}."
-        )
-    return sample

@@ -4,16 +4,15 @@
     deblur     a Gaussian blur, periodic, one fourteenth of the rows wide  y = an image of the same size
     superres   means of square blocks of 2 or 4 pixels                     y = a smaller image
 
-Each comes with noise of a known deviation. `unobserved` says which pixels a measurement says nothing about by itself.
+Each comes with noise of a known deviation.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from smcdiff.inverse import (
     InverseProblem,
@@ -24,7 +23,7 @@ from smcdiff.inverse import (
     simulate_problem,
 )
 
-__all__ = ["MASKS", "PROBLEMS", "make_problem", "unobserved"]
+__all__ = ["MASKS", "PROBLEMS", "make_problem"]
 
 
 def _box(rows: int, columns: int) -> tuple[int, int, int, int]:
@@ -107,25 +106,3 @@ def make_problem(
     if not (math.isfinite(noise) and noise > 0):
         raise ValueError(f"noise must be a finite positive number, got {noise}.")
     return simulate_problem(rng_key, PROBLEMS[name](np.shape(truth), **options), jnp.asarray(truth), noise)
-
-
-def unobserved(problem: InverseProblem) -> Bool[np.ndarray, "*event"]:
-    """Pixels that are not themselves measured: the hidden ones of a mask, all of them for every other operator.
-
-    Parameters
-    ----------
-    problem
-        The inverse problem.
-
-    Returns
-    -------
-    Boolean array of the event shape.
-    """
-    shape: Sequence[int] = problem.operator.input_shape
-    kept = np.asarray(problem.adjoint(problem.operator(jnp.ones(shape))))
-    # A* A of a mask multiplies by zeros and ones. No other operator of a random image does that.
-    image = jax.random.normal(jax.random.key(0), shape)
-    is_mask = set(np.unique(kept)) <= {0.0, 1.0} and np.array_equal(
-        problem.adjoint(problem.operator(image)), kept * np.asarray(image)
-    )
-    return kept == 0.0 if is_mask and not kept.all() else np.ones(shape, bool)

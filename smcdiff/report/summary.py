@@ -7,7 +7,7 @@ All averages are over the particles of all chains together, each chain weighed b
     coverage  share of the unobserved pixels whose truth lies in its interval, from quantile 5 % to quantile 95 %
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import arviz
 import jax.numpy as jnp
@@ -15,53 +15,16 @@ import numpy as np
 import xarray
 from jaxtyping import Array, Bool, Float
 
-from smcdiff.inverse import InverseProblem
-from smcdiff.report.problems import unobserved
+from smcdiff.diagnostics.estimates import Estimates, estimate
+from smcdiff.inverse import InverseProblem, unobserved
 from smcdiff.smc import SMCResult
 
-__all__ = ["Estimates", "coverage", "estimate", "psnr", "scalar_quantities", "summarise"]
+__all__ = ["coverage", "psnr", "scalar_quantities", "summarise"]
 
 NUM_PIXELS = 5
 UNCERTAIN = (
     0.05  # of the distance from black to white: wider intervals are counted apart, black corners are no feat
 )
-
-
-class Estimates(NamedTuple):
-    """What the weighted particles say of each pixel; all of the event shape.
-
-    Attributes
-    ----------
-    mean, std
-        Posterior mean and standard deviation.
-    lower, upper
-        Ends of the central interval.
-    level
-        Its probability.
-    """
-
-    mean: Float[np.ndarray, "*event"]
-    std: Float[np.ndarray, "*event"]
-    lower: Float[np.ndarray, "*event"]
-    upper: Float[np.ndarray, "*event"]
-    level: float
-
-
-def estimate(result: SMCResult, level: float = 0.9) -> Estimates:
-    """Posterior mean, deviation and central intervals of every pixel.
-
-    Parameters
-    ----------
-    result
-        Weighted particles; where no chain has any weight left, all entries are NaN.
-    level
-        Probability of the intervals.
-    """
-    if not np.any(np.isfinite(result.log_evidence)):
-        nothing = np.full(np.shape(result.particles)[2:], np.nan)
-        return Estimates(nothing, nothing, nothing, nothing, level)
-    lower, upper = result.quantile(np.array([0.5 - level / 2, 0.5 + level / 2]))
-    return Estimates(result.mean(), result.std(), lower, upper, level)
 
 
 def psnr(image: Float[np.ndarray, "*event"], truth: Float[np.ndarray, "*event"], peak: float = 1.0) -> float:

@@ -11,21 +11,19 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from smcdiff.inverse import InverseProblem
+from smcdiff.diagnostics.estimates import estimate, pooled_draws
+from smcdiff.inverse import InverseProblem, unobserved
+from smcdiff.plots import as_picture, image_panels, plot_draws, plot_ess, plot_overview, plot_panel
 from smcdiff.report.advice import advise
 from smcdiff.report.data import DATA_FILES, image_dims, save_data
 from smcdiff.report.folder import new_folder
-from smcdiff.report.images import as_picture
 from smcdiff.report.page import render
-from smcdiff.report.plots import image_panels, plot_draws, plot_ess, plot_overview, plot_panel
-from smcdiff.report.problems import unobserved
-from smcdiff.report.summary import estimate, summarise
+from smcdiff.report.summary import summarise
 from smcdiff.report.timing import Stopwatch
 from smcdiff.smc import SMCResult
-from smcdiff.smc.resampling import resample_from_log_weights, systematic
 from smcdiff.to_arviz import to_arviz
 
-__all__ = ["REPORT_FILES", "pooled_draws", "write_files", "write_report"]
+__all__ = ["REPORT_FILES", "write_files", "write_report"]
 
 PICTURES = (
     "overview",
@@ -153,30 +151,6 @@ def write_files(
         figures[name].savefig(path, dpi=150)
     (folder / "report.html").write_text(render(title, summary, pictures, data_file, source), encoding="utf-8")
     return summary
-
-
-def pooled_draws(
-    rng_key: PRNGKeyArray, result: SMCResult, num_draws: int = 8
-) -> Float[np.ndarray, "draws *event"]:
-    """Equally weighted draws from all chains together, each chain counting by its evidence estimate.
-
-    Parameters
-    ----------
-    rng_key
-        Key.
-    result
-        Weighted particles; where no chain has any weight left, all entries are NaN.
-    num_draws
-        Number of draws.
-    """
-    particles = np.asarray(result.particles)
-    flat = particles.reshape(-1, *particles.shape[2:])
-    if not np.any(np.isfinite(result.log_evidence)):
-        return np.full((num_draws, *flat.shape[1:]), np.nan)
-    log_weights = jax.numpy.asarray(result.pooled_log_weights().ravel(), jax.numpy.float32)
-    key_order, key_choice = jax.random.split(rng_key)
-    chosen = resample_from_log_weights(systematic, key_choice, log_weights, num_draws)
-    return flat[np.asarray(jax.random.permutation(key_order, chosen))]
 
 
 def _versions():

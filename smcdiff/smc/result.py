@@ -177,6 +177,33 @@ class SMCResult(NamedTuple):
         keys = jax.random.split(rng_key, num_chains)
         return np.asarray(_draw_indices(keys, jnp.asarray(self.log_weights), num_samples or num_particles))
 
+    def resample_pooled_indices(
+        self, rng_key: PRNGKeyArray, num_samples: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Chains and indices of equally weighted draws from all chains together, which count by their evidence.
+
+        Parameters
+        ----------
+        rng_key
+            Key.
+        num_samples
+            Number of draws; as many as there are particles in all chains if omitted.
+
+        Returns
+        -------
+        Chain and index within it of each draw, each of shape (num_samples,).
+
+        Raises
+        ------
+        ValueError
+            If no chain has any weight left.
+        """
+        if not np.any(np.isfinite(self.log_evidence)):
+            raise ValueError("chains cannot be pooled by their evidence: no chain has any weight left.")
+        joint = jnp.asarray(self.pooled_log_weights().reshape(1, -1), self.log_weights.dtype)
+        chosen = np.asarray(_draw_indices(rng_key[None], joint, num_samples or joint.size))[0]
+        return np.divmod(chosen, self.log_weights.shape[1])
+
 
 @partial(jax.jit, static_argnames="count")
 def _draw_indices(keys, log_weights, count):

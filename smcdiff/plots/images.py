@@ -1,51 +1,35 @@
-"""The pictures of a report, in one look that does not rely on telling red from green.
+"""Pictures of image posteriors.
 
-Images are grey and shown pixel by pixel; a pixel that was hidden is light blue. Deviations are shown in cividis,
-signed differences from purple to orange, and lines in the colours of Okabe and Ito with different dashes. Every
-function returns a matplotlib `Figure`, and touches no global state.
+Images are grey and shown pixel by pixel; a pixel that was hidden is light blue. Deviations are shown in cividis, signed
+differences from purple to orange.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from cycler import cycler
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from smcdiff.inverse import InverseProblem
-from smcdiff.report.images import as_picture
-from smcdiff.report.problems import unobserved
-from smcdiff.report.summary import Estimates
+from smcdiff.diagnostics.estimates import Estimates, estimate, pooled_draws
+from smcdiff.inverse import InverseProblem, unobserved
+from smcdiff.plots.path import draw_ess
+from smcdiff.plots.style import HIDDEN, style
+from smcdiff.run import Trace
 from smcdiff.smc import SMCResult
 
-__all__ = ["Panel", "image_panels", "plot_draws", "plot_ess", "plot_overview", "plot_panel", "style"]
-
-HIDDEN = "#9fd0f0"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-
-
-def style():
-    """Context manager of the look: ``with style(): ...``."""
-    return matplotlib.rc_context(
-        {
-            "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=DASHES),
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "axes.titlesize": 10,
-            "figure.facecolor": "white",
-            "font.family": "sans-serif",
-            "font.size": 9,
-            "image.interpolation": "nearest",
-            "legend.frameon": False,
-            "lines.linewidth": 1.4,
-            "savefig.dpi": 150,
-            "savefig.facecolor": "white",
-        }
-    )
+__all__ = [
+    "Panel",
+    "as_picture",
+    "image_panels",
+    "plot_draws",
+    "plot_overview",
+    "plot_panel",
+    "plot_posterior",
+]
 
 
 class Panel(NamedTuple):
@@ -76,8 +60,8 @@ class Panel(NamedTuple):
 
 
 def image_panels(
-    problem: InverseProblem,
-    truth: Float[Array, "*event"] | Float[np.ndarray, "*event"],
+    problem: InverseProblem | None,
+    truth: Float[Array, "*event"] | Float[np.ndarray, "*event"] | None,
     estimates: Estimates,
     pixel_range: tuple[float, float] = (0.0, 1.0),
 ) -> list[Panel]:
@@ -86,30 +70,85 @@ def image_panels(
     Parameters
     ----------
     problem
-        The inverse problem.
+        The inverse problem; None leaves the measurement and what is unexplained out.
     truth
-        The true image.
+        The true image; None where it is not known.
     estimates
-        From `smcdiff.report.estimate`.
+        From `smcdiff.diagnostics.estimate`.
     pixel_range
         Values of black and white.
     """
     low, high = (float(value) for value in pixel_range)
-    mean = jnp.asarray(estimates.mean, problem.y.dtype)
-    misfit = problem.residual(mean) / np.sqrt(problem.noise.variance(problem.y.shape))
-    width = estimates.upper - estimates.lower
-    percent = f"{100 * estimates.level:.0f} %"
-    signed = _drawable(problem, misfit)
-    bound = max(3.0, float(np.nan_to_num(np.abs(signed)).max()))
     grey = ("gray", (low, high), "pixel value")
-    return [
-        Panel("truth", "truth", as_picture(np.asarray(truth)), *grey),
-        Panel("measurement", "measurement", _drawable(problem, problem.y), *grey),
+    percent = f"{100 * estimates.level:.0f} %"
+    panels = [
         Panel("posterior_mean", "posterior mean", as_picture(estimates.mean), *grey),
         _map("posterior_std", "posterior sd", estimates.std, "standard deviation"),
-        _map("interval_width", f"width of the {percent} intervals", width, "pixel value"),
-        Panel("residual", "measurement − A mean", signed, "PuOr", (-bound, bound), "deviations of the noise"),
+        _map(
+            "interval_width",
+            f"width of the {percent} intervals",
+            estimates.upper - estimates.lower,
+            "pixel value",
+        ),
     ]
+    if problem is not None:
+        panels.insert(0, Panel("measurement", "measurement", _drawable(problem, problem.y), *grey))
+        mean = jnp.asarray(estimates.mean, problem.y.dtype)
+        signed = _drawable(problem, problem.residual(mean) / np.sqrt(problem.noise.variance(problem.y.shape)))
+        bound = max(3.0, float(np.nan_to_num(np.abs(signed)).max()))
+        panels.append(
+            Panel(
+                "residual", "measurement − A mean", signed, "PuOr", (-bound, bound), "deviations of the noise"
+            )
+        )
+    if truth is not None:
+        panels.insert(0, Panel("truth", "truth", as_picture(np.asarray(truth)), *grey))
+    return panels
+
+
+def plot_posterior(
+    result: SMCResult | Trace | Float[np.ndarray, "chains draws *event"],
+    *,
+    problem: InverseProblem | None = None,
+    truth: Float[np.ndarray, "*event"] | None = None,
+    level: float = 0.9,
+    num_draws: int = 8,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+) -> Figure:
+    """An image posterior at a glance: what was measured, mean, deviation, interval widths, misfit, draws.
+
+    Parameters
+    ----------
+    result
+        Weighted particles (their weights count), a trace, or draws (chains, draws, *event).
+    problem
+        The inverse problem, for the measurement and what the mean leaves unexplained.
+    truth
+        The true image, where it is known.
+    level
+        Probability of the central intervals.
+    num_draws
+        How many equally weighted draws are shown.
+    pixel_range
+        Values of black and white.
+    """
+    panels = image_panels(problem, truth, estimate(result, level), pixel_range)
+    draws = pooled_draws(jax.random.key(0), result, num_draws)
+    columns = max(len(panels), len(draws))
+    low, high = (float(value) for value in pixel_range)
+    with style():
+        figure = Figure(figsize=(1.75 * columns, 3.7), layout="constrained")
+        above, below = np.asarray(figure.subfigures(2, 1, height_ratios=[1.15, 1.0]))
+        for axes, panel in zip(above.subplots(1, len(panels), squeeze=False).ravel(), panels, strict=True):
+            artist = _show(axes, panel)
+            if panel.image.ndim == 2 and panel.cmap != "gray":
+                above.colorbar(artist, ax=axes, shrink=0.75, pad=0.03)
+        for index, axes in enumerate(below.subplots(1, columns, squeeze=False).ravel()):
+            if index < len(draws):
+                _show(axes, Panel("", f"draw {index + 1}", as_picture(draws[index]), "gray", (low, high), ""))
+            else:
+                axes.set_axis_off()
+        return figure
 
 
 def plot_panel(panel: Panel) -> Figure:
@@ -146,22 +185,6 @@ def plot_draws(
         return figure
 
 
-def plot_ess(result: SMCResult, ess_threshold: float | None = None) -> Figure:
-    """Effective sample size of every chain by step.
-
-    Parameters
-    ----------
-    result
-        The result.
-    ess_threshold
-        Fraction of the particles below which particles were resampled.
-    """
-    with style():
-        figure = Figure(figsize=(6.0, 2.8), layout="constrained")
-        _draw_ess(figure.subplots(), result, ess_threshold)
-        return figure
-
-
 def plot_overview(
     panels: Sequence[Panel],
     draws: Float[np.ndarray, "draws *event"],
@@ -195,21 +218,32 @@ def plot_overview(
             _show(axes, Panel("", "", as_picture(draw), "gray", (low, high), ""))
         for axes in drawn.axes[len(draws) :]:
             axes.set_axis_off()
-        _draw_ess(line.subplots(), result, ess_threshold)
+        draw_ess(line.subplots(), result, ess_threshold)
         return figure
 
 
-def _draw_ess(axes, result, ess_threshold):
-    ess, num_particles = result.ess, np.shape(result.log_weights)[1]
-    steps = np.arange(1, ess.shape[1] + 1)
-    for chain, values in enumerate(ess):
-        label = f"chain {chain}" if len(ess) <= len(COLOURS) else None
-        axes.plot(steps, values, label=label, alpha=0.9)
-    if ess_threshold:
-        line = ess_threshold * num_particles
-        axes.axhline(line, color="0.5", linestyle="-", linewidth=0.8, label="resampled\nbelow")
-    axes.set(xlabel="step", ylabel="particles", title="effective sample size", ylim=(0, 1.05 * num_particles))
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def as_picture(sample: Float[np.ndarray, "*event"]) -> Float[np.ndarray, "rows columns *rgb"]:
+    """Bring a sample into the axes that are drawn: (rows, columns), or (rows, columns, 3) for colour.
+
+    Parameters
+    ----------
+    sample
+        Array (rows, columns), (1, rows, columns) or (3, rows, columns).
+
+    Raises
+    ------
+    ValueError
+        If it has other axes.
+    """
+    sample = np.asarray(sample)
+    if sample.ndim == 3 and sample.shape[0] in (1, 3):
+        sample = sample[0] if sample.shape[0] == 1 else np.moveaxis(sample, 0, -1)
+        return sample
+    if sample.ndim != 2:
+        raise ValueError(
+            f"pictures are of images (rows, columns) or (1 or 3, rows, columns), got shape {sample.shape}."
+        )
+    return sample
 
 
 def _show(axes, panel):
