@@ -140,9 +140,7 @@ class GaussianMixture(eqx.Module):
         if self.eigenvectors is not None and self._shared:
             rotated = rotated @ self.eigenvectors[0].T
         elif self.eigenvectors is not None:
-            rotated = jax.lax.map(
-                lambda pair: self.eigenvectors[pair[0]] @ pair[1], (owner, rotated), batch_size=64
-            )
+            rotated = _rotate_each(self.eigenvectors, owner, rotated)
         return rotated.reshape(num_samples, *self.event_shape)
 
     def component_means(self) -> Float[Array, "K *event"]:
@@ -266,3 +264,9 @@ def _eigendecompose(covariance, num_components, dimension):
             f"covariance must be positive definite, its smallest eigenvalue is {values.min():.3g}."
         )
     return values, vectors
+
+
+@jax.jit
+def _rotate_each(eigenvectors, owner, rotated):
+    """Each sample by its component's rotation, without a matrix for every sample."""
+    return jax.lax.map(lambda pair: eigenvectors[pair[0]] @ pair[1], (owner, rotated), batch_size=64)

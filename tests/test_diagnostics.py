@@ -163,9 +163,14 @@ def test_one_number_of_an_event_of_integers(double):
     assert diagnostics.rhat(x[..., 1, 3]).shape == ()
 
 
-def test_stuck_chains_and_few_draws(double):
-    stuck = np.tile([[0.0], [1.0]], (1, 9))[..., None]
-    assert diagnostics.rhat(np.repeat(stuck, BLOCK, axis=-1), block_size=BLOCK)[0] > 1e6
+def test_stuck_chains_infinite_medians_and_few_draws(double):
+    rng = np.random.default_rng(8)
+    x = np.tile([[[0.0]], [[1.0]]], (1, 9, BLOCK))
+    x[..., 1] = np.where(rng.uniform(size=(2, 9)) < 0.7, np.inf, rng.normal(size=(2, 9)))
+    found = diagnostics.rhat(x, block_size=BLOCK)
+    assert found[0] > 1e6
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(found[1], az.rhat(x[..., 1]), rtol=1e-6)
     assert all(np.isnan(leaf).all() for leaf in diagnostics.chain_diagnostics(np.zeros((2, 3, 1))))
 
 

@@ -162,7 +162,7 @@ def _run(
 ):
     dimension, dtype = first.means.shape[1], first.means.dtype
     size = max_rounds * num_samples
-    rounds = jnp.arange(size) // num_samples
+    rounds = jnp.arange(size, dtype=jnp.int32) // num_samples
     evaluate = batched_map(Partial(_evaluate, target, functions, control_order > 0), batch_size)
 
     def unfinished(carry):
@@ -183,7 +183,7 @@ def _run(
         log_own = jnp.where(rounds == t, log_now, carry["log_own"])
         # Sum of the densities of all proposals so far: one new term for old points, all terms for new points.
         terms = jax.vmap(lambda leaf: log_density(new, defend(leaf, first), nu))(proposals)
-        terms = jnp.where(jnp.arange(max_rounds)[:, None] <= t, terms, -jnp.inf)
+        terms = jnp.where(jnp.arange(max_rounds, dtype=jnp.int32)[:, None] <= t, terms, -jnp.inf)
         log_all = put(jnp.logaddexp(carry["log_all"], log_now), jax.nn.logsumexp(terms, axis=0))
 
         log_w = jnp.where(rounds <= t, log_p - log_own, -jnp.inf)
