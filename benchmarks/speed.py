@@ -1,7 +1,7 @@
 """How fast and in how much memory: a run against the network calls it cannot do without, and one compiled loop.
 
 Everything is compared within one process, in turns (A, B, then B, A, ...), and reported as a ratio or difference of
-paired times: the median, with quartiles. Compilation is never counted. Four parts:
+paired times: the median, with quartiles. Compilation is never counted. Five parts:
 
 overhead   A whole run of `tds` on a pretrained prior (half the image measured, one chain, warm, no bar) against a bare
            compiled scan of the network calls that its algorithm needs, on the same batch: one `jax.vjp` of the
@@ -14,6 +14,9 @@ memory     Temporary memory of the compiled chunk of a run (the compiler's own a
            particles and at 256, moved 32 at a time. Bar: 1.1 as the ratio of what is left after one cloud, the bytes
            of the particles in the sampler's state, is subtracted from each. Copies of the cloud beyond the first
            count against it; "clouds a particle adds" says how many there are.
+bookkeeping  What a step costs outside the model at 10^4 particles: the same run with a denoiser that costs nothing
+           (its input, shrunk), over the bare network calls of as many particles (timed on 100, in proportion).
+           Random numbers, twist, weights, resampling, history and copies to the host are in it. Bar: 5 %.
 progress   A run with the progress bar against one without. Bar: 1.1.
 warm       A second `run_smc` of a small problem (25-mode mixture) minus the same loop as one jitted program. Bar: 5 ms.
 
@@ -38,7 +41,7 @@ from smcdiff import guidance, inverse, schedules
 from smcdiff.run import _chunk, _split, _start_program
 from smcdiff.smc.result import _keep_log_weights
 
-PARTS = ("overhead", "memory", "progress", "warm")
+PARTS = ("overhead", "memory", "bookkeeping", "progress", "warm")
 RANK = 4
 TWISTS = {
     # name: (twist, vector-Jacobian products of one evaluation)
@@ -57,6 +60,7 @@ def add_arguments(parser):
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory-particles", type=int, nargs=2, default=[256, 4096])
     parser.add_argument("--batch-size", type=int, default=32, help="of the memory part")
+    parser.add_argument("--many-particles", type=int, default=10_000, help="of the bookkeeping part")
     parser.add_argument("--mixture-steps", type=int, default=100, help="steps on the 25-mode mixture")
 
 
@@ -64,11 +68,13 @@ def run(args) -> dict:
     if args.quick:
         args.model, args.particles, args.steps, args.repeats = "mixture", 8, 4, 2
         args.memory_particles, args.batch_size, args.mixture_steps = [16, 32], 8, 6
+        args.many_particles = 100
         args.twists = ["dps"]
     twists = {name: TWISTS[name] for name in args.twists}
     parts = {
         "overhead": lambda args: overhead(args, twists),
         "memory": lambda args: memory(args, twists),
+        "bookkeeping": bookkeeping,
         "progress": progress,
         "warm": warm,
     }
@@ -107,6 +113,7 @@ def summarise(row) -> dict:
     name = {
         "overhead": "ratio",
         "memory": "ratio beyond the cloud",
+        "bookkeeping": "share",
         "progress": "ratio",
         "warm": "extra_ms",
     }[row["part"]]
@@ -175,6 +182,35 @@ def overhead(args, twists):
         rows.append(row)
         bars.append(bar(f"overhead, {name}", row["ratio"], 1.15))
     return rows, bars
+
+
+def bookkeeping(args):
+    model, problem = prior_and_problem(args)
+    times = smcdiff.log_snr_times(model.schedule, 10)
+    start = model.schedule.sigma(times[0]) * jax.random.normal(jax.random.key(3), (100, *model.event_shape))
+    free = smcdiff.Diffusion(
+        jnp.asarray(0.5), _shrink, schedule=model.schedule, prediction="x0", event_shape=model.event_shape
+    )
+    fk = smcdiff.tds(free, problem, times=times, twist=guidance.pigdm)
+    seconds = in_turns(
+        {
+            "run": lambda: smcdiff.run_smc(jax.random.key(0), fk, args.many_particles, progress=False),
+            "bare": lambda: bare(model, times, start, 1).block_until_ready(),
+        },
+        args.repeats,
+    )
+    network = seconds["bare"] * args.many_particles / len(start)
+    row = {
+        "particles": args.many_particles,
+        "step_ms": 100 * np.median(seconds["run"]),
+        "network_ms": 100 * np.median(network),
+        **spread("share", seconds["run"] / network),
+    }
+    return [row], [bar("bookkeeping over network calls", row["share"], 0.05)]
+
+
+def _shrink(scale, x, t):
+    return scale * x
 
 
 @functools.partial(jax.jit, static_argnames="pulls")

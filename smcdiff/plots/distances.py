@@ -41,5 +41,5 @@ def plot_distances(distances: Mapping[str, Distance], *, title: str = "distance 
         axes.errorbar(value / floor, at, xerr=2 * error / floor, fmt="o", color=COLOURS[0])
         axes.set_yticks(at, names)
         axes.set(xlabel=title, ylim=(-0.6, len(names) - 0.4))
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         return figure

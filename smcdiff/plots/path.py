@@ -86,7 +86,7 @@ def plot_genealogy(result: SMCResult, chain: int = 0, max_particles: int = 64) -
             tree.plot(clouds, lines[:, i], color=COLOURS[0], linestyle="-", linewidth=0.6, alpha=0.5)
         tree.set(ylabel="particle", title=f"lines of descent, chain {chain}", ylim=(-1, lines.shape[1]))
         count.plot(clouds, result.unique_ancestors()[chain], color=COLOURS[1], linestyle="-")
-        count.set(xlabel="step", ylabel="with descendants", yscale="log")
+        count.set(xlabel="step", ylabel="with\ndescendants", ylim=(0, None))
         return figure
 
 
