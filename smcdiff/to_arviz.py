@@ -24,9 +24,9 @@ import arviz
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import xarray
 from jaxtyping import PRNGKeyArray, PyTree
-from numpyro.infer import MCMC
 
 from smcdiff.arviz_io.datasets import (
     container,
@@ -45,9 +45,12 @@ from smcdiff.smc import SMCResult
 
 __all__ = ["to_arviz"]
 
+# `numpyro.infer.MCMC` is spelled out below, and not imported: ArviZ 1 leaves a lazy numpyro in sys.modules, whose
+# submodules that would load twice, so that `numpyro.infer.initialization`, which ArviZ looks for, is lost.
+
 
 def to_arviz(
-    result: SMCResult | Trace | MCMC,
+    result: SMCResult | Trace | numpyro.infer.MCMC,
     *,
     rng_key: PRNGKeyArray | None = None,
     name: str = "x",
@@ -142,7 +145,7 @@ def to_arviz(
     else:
         groups = groups_of(arviz.from_numpyro(result, dims=dims or None, coords=coords or None))
         sample, statistics = result.get_samples(group_by_chain=True), {}
-    if not isinstance(result, MCMC):
+    if not isinstance(result, numpyro.infer.MCMC):
         groups["posterior"] = _sampled(sample, name, dims, coords)
     for key, value in (sample_stats or {}).items():
         statistics[key] = evaluate(value, sample) if callable(value) else np.asarray(value)
@@ -184,7 +187,7 @@ def to_arviz(
 
 
 def _check_options(result, pool, keep_particles, warmup, superchains):
-    if not isinstance(result, SMCResult | Trace | MCMC):
+    if not isinstance(result, SMCResult | Trace | numpyro.infer.MCMC):
         raise TypeError(
             f"to_arviz takes an SMCResult or a Trace, or NumPyro's MCMC, got {type(result).__name__}."
         )

@@ -1,5 +1,8 @@
 """Results as ArviZ data and back, on either ArviZ line."""
 
+import subprocess
+import sys
+
 import arviz
 import blackjax
 import jax
@@ -440,6 +443,13 @@ def test_numpyro_passes_through():
         tree["log_likelihood"]["y"], -0.5 * (np.array([0.5, 1.0]) - mu[..., None]) ** 2
     )
     np.testing.assert_array_equal(tree["observed_data"]["y"], np.array([0.5, 1.0]))
+
+
+@pytest.mark.slow
+def test_importing_smcdiff_leaves_numpyro_whole():
+    """ArviZ 1 imports numpyro lazily, and a second import of a submodule would drop what `from_numpyro` needs."""
+    code = "import arviz, smcdiff, numpyro; numpyro.infer.initialization.init_to_sample"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
