@@ -234,7 +234,7 @@ def _close(state, part):
         current, parts, batches = record
         before = jax.tree.map(lambda leaf: leaf[part], parts)
         parts = jax.tree.map(lambda leaf, new: leaf.at[part].set(new), parts, merge(before, current))
-        is_whole = (current.size == state.batch_size.astype(current.size.dtype)) & (part != 1)
+        is_whole = current.size == state.batch_size.astype(current.size.dtype)
         more = merge(
             batches, Moments(jnp.ones_like(current.size), current.mean, jnp.zeros_like(current.mean))
         )
