@@ -1,10 +1,10 @@
 """Families of distributions that are conjugate to each other, and runs of a model with values of its sites.
 
-Gaussian  A site is x = loc + scale e with standard normal e (`colour`), and e = (x - loc) / scale (`whitened`); a
-          multivariate one has the Cholesky factor of its covariance for a scale.
-Gamma     v ~ Gamma(a, b), and a child with the log density s log h(v) - f h(v) + constant, where h(v) = c v: the
-          posterior is Gamma(a + s, b + f c).
-Beta      v ~ Beta(a, b), and a child with the log density s log v + f log(1 - v) + constant: Beta(a + s, b + f).
+* Gaussian: a site is x = loc + scale e with standard normal e (`colour`), and e = (x - loc) / scale (`whitened`); a
+  multivariate one has the Cholesky factor of its covariance for a scale.
+* Gamma: v ~ Gamma(a, b), and a child with the log density s log h(v) - f h(v) + constant, where h(v) = c v: the
+  posterior is Gamma(a + s, b + f c).
+* Beta: v ~ Beta(a, b), and a child with the log density s log v + f log(1 - v) + constant: Beta(a + s, b + f).
 
 `EDGES` holds h and (s, f) for each child. Source: Gelman et al., "Bayesian Data Analysis", chapters 2 and 3.
 """
