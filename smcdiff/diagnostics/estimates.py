@@ -3,13 +3,11 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from smcdiff.run import Trace
 from smcdiff.smc import SMCResult
-from smcdiff.smc.resampling import resample_from_log_weights, systematic
 
 __all__ = ["Estimates", "estimate", "pooled_draws"]
 
@@ -75,19 +73,16 @@ def pooled_draws(
     num_draws
         Number of draws.
     """
-    key_order, key_choice = jax.random.split(rng_key)
     if isinstance(result, SMCResult):
         particles = np.asarray(result.particles)
-        flat = particles.reshape(-1, *particles.shape[2:])
         if not np.any(np.isfinite(result.log_evidence)):
-            return np.full((num_draws, *flat.shape[1:]), np.nan)
-        log_weights = jnp.asarray(result.pooled_log_weights().ravel(), jnp.float32)
-    else:
-        draws = _draws(result)
-        flat = draws.reshape(-1, *draws.shape[2:])
-        log_weights = jnp.zeros(len(flat), jnp.float32)
-    chosen = resample_from_log_weights(systematic, key_choice, log_weights, num_draws)
-    return flat[np.asarray(jax.random.permutation(key_order, chosen))]
+            return np.full((num_draws, *particles.shape[2:]), np.nan)
+        return particles[result.resample_pooled_indices(rng_key, num_draws)]
+    draws = _draws(result)
+    flat = draws.reshape(-1, *draws.shape[2:])
+    return flat[
+        np.asarray(jax.random.choice(rng_key, len(flat), (num_draws,), replace=num_draws > len(flat)))
+    ]
 
 
 def _draws(result):

@@ -2,7 +2,7 @@
 
 XLA's calls to LAPACK on the CPU spread a batch over the thread pool they run in and wait for it. Two independent calls
 in one program, as vectorised code has them, can occupy all threads and wait for ever (seen with jaxlib 0.10.1 on two
-cores). These loops over columns cannot, and are as fast for the sizes here.
+cores). These loops over columns cannot; they are for matrices of some tens of rows.
 """
 
 import jax

@@ -200,7 +200,7 @@ class SMCResult(NamedTuple):
         """
         if not np.any(np.isfinite(self.log_evidence)):
             raise ValueError("chains cannot be pooled by their evidence: no chain has any weight left.")
-        joint = jnp.asarray(self.pooled_log_weights().reshape(1, -1), self.log_weights.dtype)
+        joint = jnp.asarray(self.pooled_log_weights().reshape(1, -1))
         chosen = np.asarray(_draw_indices(rng_key[None], joint, num_samples or joint.size))[0]
         return np.divmod(chosen, self.log_weights.shape[1])
 
