@@ -228,7 +228,7 @@ ACCEPTED = np.random.default_rng(7).uniform(0.0, 0.1, (4, DRAWS))
         (_draws(), _slice_info(is_bracketed=~SOME), ["warning caps"], ["max_expansions"]),
         (_draws(), {"solve_residual": np.where(SOME, 0.3, 0.0)}, ["warning solver"], ["0.3"]),
         (_draws(), {"num_invalid": SOME.astype(int)}, ["invalid weights"], ["8 weights"]),
-        (_draws(), {"part": {"is_capped": SOME}}, ["warning caps"], ["part.is_capped"]),
+        (_draws(), {"part": {"is_bracketed": ~SOME}}, ["warning caps"], ["part.is_bracketed"]),
         (_draws(), _info(), [], []),
         (_draws(), _slice_info(), [], []),
     ],

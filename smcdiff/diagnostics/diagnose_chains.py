@@ -21,7 +21,6 @@ _CAPS = {
     "is_bracketed": (False, "the stepping out of a slice", "max_expansions, or a larger initial width"),
     "reached_max_tree_depth": (True, "the trajectory of NUTS", "max_num_doublings, or another mass matrix"),
     "lbfgs_hit_maxiter": (True, "the inner optimisation", "its number of iterations"),
-    "is_capped": (True, "a loop inside the step", "its cap"),
 }
 _SLICE_SIBLINGS = ("is_bracketed", "num_shrinkages", "num_shrink")  # beside these, not accepted is a cap
 
