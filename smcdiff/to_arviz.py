@@ -13,10 +13,12 @@
 **Weights.** ArviZ knows none, so weighted particles are resampled, and the average of exported draws is the weighted
 one, up to the noise of systematic resampling. By default every SMC run is resampled by itself and is a chain, so that
 R-hat compares runs: the draws of a chain have the mean of that run. Runs count by their evidence, as ``evidence_share``
-in the group ``smc`` says, and a plain average over chains, as in a summary, ignores that. ``pool=True`` resamples all
-runs together into one chain, whose mean is that of `SMCResult.mean`, and whose R-hat says nothing about the runs.
+in the group ``smc`` says, and a plain average over chains, as in a summary, ignores that: a warning says so where few
+runs hold most of the evidence. ``pool=True`` resamples all runs together into one chain, whose mean is that of
+`SMCResult.mean`, and whose R-hat says nothing about the runs.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +58,7 @@ def to_arviz(
     name: str = "x",
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
-    pool: bool = False,
+    pool: bool | None = None,
     keep_particles: bool = False,
     warmup: Trace | int | None = None,
     sample_stats: Mapping[str, Any] | None = None,
@@ -88,7 +90,8 @@ def to_arviz(
         Coordinate values of dimensions.
     pool
         For SMC: whether to resample all runs together, by their evidence, into one chain, so that plain averages are
-        right, instead of each as a chain of its own, so that R-hat compares them.
+        right, instead of each as a chain of its own, so that R-hat compares them. None is False with a warning where
+        the runs, weighed by their evidence, are worth less than half their number.
     keep_particles
         For SMC: whether to keep the weighted particles too, in the group ``smc``, from which `smcdiff.from_arviz`
         makes the result again.
@@ -133,6 +136,8 @@ def to_arviz(
     if isinstance(result, SMCResult):
         sample, statistics = _resampled(result, rng_key, pool)
         groups = {"smc": write_smc(result, keep_particles)}
+        if pool is None:
+            _warn_of_uneven_runs(groups["smc"]["evidence_share"].values)
     elif isinstance(result, Trace):
         if isinstance(warmup, int | np.integer):
             warmup, result = _split_off(result, int(warmup))
@@ -191,12 +196,25 @@ def _check_options(result, pool, keep_particles, warmup, superchains):
         raise TypeError(
             f"to_arviz takes an SMCResult or a Trace, or NumPyro's MCMC, got {type(result).__name__}."
         )
-    if not isinstance(result, SMCResult) and (pool or keep_particles):
+    if not isinstance(result, SMCResult) and (pool is not None or keep_particles):
         raise TypeError(f"pool and keep_particles are about an SMCResult, got a {type(result).__name__}.")
     if not isinstance(result, Trace) and warmup is not None:
         raise TypeError(f"warmup is about the Trace of a Markov chain, got a {type(result).__name__}.")
     if isinstance(result, SMCResult) and superchains is not None:
         raise TypeError("superchains are about Markov chains, and an SMCResult has none.")
+
+
+def _warn_of_uneven_runs(shares):
+    """Say so where a plain average over the chains is far from the weighted one."""
+    worth = 1.0 / np.sum(shares**2)
+    if worth < 0.5 * len(shares):
+        warnings.warn(
+            f"{len(shares)} runs of SMC become chains that a summary averages evenly, but their evidences differ so "
+            f"much that they are worth {worth:.1f} runs (group smc, evidence_share). Give pool=True for one chain with "
+            "the right averages, or pool=False where the chains are only compared; more particles even the runs out.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _resampled(result, rng_key, pool):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import arviz
 import blackjax
@@ -177,18 +178,47 @@ def test_pooled_draws_have_the_weighted_mean_of_all_runs():
     assert np.all(np.abs(counts - 1200 * np.exp(result.pooled_log_weights()).ravel()) < 1 + 1e-3)
     assert np.all(np.abs(draws.mean((0, 1)) - result.mean()) < 4 * result.std() / np.sqrt(1200))
     # The test means something: no plain mean of particles or runs is anywhere near.
-    plain = result.particles.mean((0, 1)), smcdiff.to_arviz(result)["posterior"]["x"].values.mean((0, 1))
+    plain = (
+        result.particles.mean((0, 1)),
+        smcdiff.to_arviz(result, pool=False)["posterior"]["x"].values.mean((0, 1)),
+    )
     for mean in plain:
         assert np.all(np.abs(mean - result.mean()) > 0.5)
 
 
 def test_runs_as_chains_come_with_what_they_count_for():
     result = _weighted()
-    tree = smcdiff.to_arviz(result)
+    tree = smcdiff.to_arviz(result, pool=False)
     by_run = tree["posterior"]["x"].values.mean(1)
     share = tree["smc"]["evidence_share"].values
     np.testing.assert_allclose(share, np.exp(result.log_evidence - np.logaddexp.reduce(result.log_evidence)))
     assert np.all(np.abs(share @ by_run - result.mean()) < 4 * result.std() / np.sqrt(400))
+
+
+@pytest.mark.parametrize(
+    ("log_evidence", "told"),
+    [
+        ([0.0, 0.0, 0.0], None),
+        ([0.0, -0.5, -0.9], None),  # worth 2.5 of 3 runs
+        ([0.0, -0.5, -np.inf], None),  # 1.9, more than half
+        ([0.0, -3.0, -3.0], "worth 1.2 runs"),
+        ([-3.0, -np.inf, -np.inf], "worth 1.0 runs"),
+        ([-np.inf, -np.inf, -np.inf], None),  # no weight at all: the result itself is flagged
+    ],
+)
+@pytest.mark.parametrize("pool", [None, False])
+def test_runs_of_uneven_evidence_are_no_chains_without_a_word(log_evidence, told, pool):
+    result = _weighted()._replace(log_evidence=np.array(log_evidence))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        smcdiff.to_arviz(result, pool=pool)
+    found = [str(w.message) for w in caught if "pool=True" in str(w.message)]
+    if told is None or pool is False:
+        assert not found
+    else:
+        assert len(found) == 1
+        assert told in found[0]
+        assert caught[0].filename == __file__  # the caller's line is named
 
 
 def test_a_run_without_weight_is_never_drawn_when_pooled():
@@ -218,7 +248,7 @@ def test_a_result_comes_back_to_the_last_bit(tmp_path, kind, named):
     if named:
         particles = {"a": result.particles, "b": {"c": result.particles[..., 0]}}
         result = result._replace(particles=particles)
-    tree = smcdiff.to_arviz(result, keep_particles=True)
+    tree = smcdiff.to_arviz(result, pool=False, keep_particles=True)
     back = from_arviz(_write_and_read(tree, tmp_path, kind))
     if named:
         assert set(back.particles) == {"a", "b.c"}
@@ -232,7 +262,7 @@ def test_a_result_comes_back_to_the_last_bit(tmp_path, kind, named):
 
 def test_without_particles_the_history_comes_back():
     result = _weighted()
-    back = from_arviz(smcdiff.to_arviz(result))
+    back = from_arviz(smcdiff.to_arviz(result, pool=False))
     assert back.particles is None and back.info.move_info is None
     np.testing.assert_array_equal(back.log_evidence_std_error(), result.log_evidence_std_error())
     assert back.pooled_log_evidence() == result.pooled_log_evidence()
@@ -314,7 +344,7 @@ def test_particles_of_reverse_diffusion_monte_carlo():
         counts % 2,
         0.5 * counts,
     )
-    tree = smcdiff.to_arviz(result._replace(particles=particles), keep_particles=True)
+    tree = smcdiff.to_arviz(result._replace(particles=particles), pool=False, keep_particles=True)
     assert set(tree["posterior"].data_vars) == {"x"}
     chosen = tree["sample_stats"]["particle"].values
     np.testing.assert_array_equal(

@@ -121,6 +121,7 @@ def write_files(
         result,
         rng_key=key_data,
         dims=dims,
+        pool=False,
         problem=problem,
         constant_data={"truth": truth, "unobserved": unobserved(problem)},
         attrs={"title": title, **{key: json.dumps(summary[key]) for key in ("settings", "versions")}},
