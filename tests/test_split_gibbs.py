@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 import smcdiff
 from smcdiff import inverse, schedules
 from smcdiff.mcmc.daps import daps
-from smcdiff.mcmc.split_gibbs import _condition, split_gibbs
+from smcdiff.mcmc.split_gibbs import condition_draw, split_gibbs
 
 # Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def gaussian(mean, covariance):
 
 
 def _condition_on(problem, x, rho, key):
-    return _condition(key, problem, x, rho, 20)
+    return condition_draw(key, problem, x, rho, 20)
 
 
 def test_the_draw_given_the_measurement_is_gaussian_conditioning():
@@ -72,7 +72,7 @@ def test_the_draw_given_the_measurement_is_gaussian_conditioning():
 def test_a_solver_cut_short_says_so():
     image = smcdiff.InverseProblem(inverse.gaussian_blur((16, 16), 2.0), jnp.ones((16, 16)), 0.01)
     solve = jax.jit(
-        lambda n: _condition(jax.random.key(0), image, jnp.zeros((16, 16)), jnp.asarray(1.0), n)[1]
+        lambda n: condition_draw(jax.random.key(0), image, jnp.zeros((16, 16)), jnp.asarray(1.0), n)[1]
     )
     assert solve(2) > 0.01 and solve(300) < 1e-3
 

@@ -97,7 +97,7 @@ class LikelihoodStep(eqx.Module):
         """A new z, the acceptance rate and the solver's residual; Langevin steps begin at ``start``."""
         one = jnp.ones((), x.dtype)
         if self.is_linear:
-            z, residual = _condition(rng_key, self.problem, x, rho, self.max_iterations)
+            z, residual = condition_draw(rng_key, self.problem, x, rho, self.max_iterations)
             return z, one, residual
         target = LogDensity(Partial(_log_anchored, self.problem, x, rho))
         algorithm = mala(target, self.step_size / (1.0 / rho**2 + self.curvature))
@@ -265,8 +265,8 @@ def _denoise(kernel, rng_key, z, rho):
     return denoise_along(rng_key, model, noisy, times, eta=1.0, order=kernel.order)
 
 
-def _condition(rng_key, problem, x, rho, max_iterations):
-    """A draw from N(z; x, rho^2 I) N(y; A z, R): a free draw, corrected by its residual, in whitened measurements."""
+def condition_draw(rng_key, problem: InverseProblem, x, rho, max_iterations: int):
+    """A free draw from N(z; x, rho^2 I) N(y; A z, R), which its residual corrects; and the residual of the solver."""
     key_free, key_noise = jax.random.split(rng_key)
     free = x + rho * jax.random.normal(key_free, x.shape, x.dtype)
     residual, adjoint = whitened_residual(problem, free)
@@ -276,7 +276,8 @@ def _condition(rng_key, problem, x, rho, max_iterations):
         return v + rho**2 * whitened_apply(problem, adjoint(v))
 
     solution, _ = jax.scipy.sparse.linalg.cg(matvec, right, maxiter=max_iterations)
-    left = jnp.sqrt(jnp.sum((right - matvec(solution)) ** 2) / jnp.sum(right**2))
+    left, whole = (jnp.sum(v**2) for v in (right - matvec(solution), right))
+    left = jnp.sqrt(left / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny))  # 0 where there is no measurement
     return free + rho**2 * adjoint(solution), left
 
 

@@ -9,6 +9,7 @@ from smcdiff.ppl.particle_gibbs import ParticleGibbs
 from smcdiff.ppl.particle_marginal import ParticleMarginal
 from smcdiff.ppl.proposal import LearnedProposal, learn_proposal
 from smcdiff.ppl.sites import SiteLikelihood, local_twist
+from smcdiff.ppl.split_gibbs import SplitGibbs
 from smcdiff.ppl.target import NumPyroTarget, target_from_numpyro
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ParticleGibbs",
     "ParticleMarginal",
     "SiteLikelihood",
+    "SplitGibbs",
     "as_numpyro_kernel",
     "gibbs_sweep",
     "infer",

@@ -64,4 +64,6 @@ def model_call(model: Callable, args: tuple, kwargs: dict[str, Any]) -> ModelCal
 
 
 def _is_array(leaf):
-    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc")
+    return isinstance(leaf, jax.Array) or (
+        isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc"
+    )

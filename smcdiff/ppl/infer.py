@@ -28,6 +28,7 @@ from smcdiff.ppl.kernel import AlgorithmKernelState
 from smcdiff.ppl.particle_gibbs import ParticleGibbs, ParticleGibbsKernelState
 from smcdiff.ppl.particle_marginal import ParticleMarginal, ParticleMarginalKernelState
 from smcdiff.ppl.sites import prior_of, without_prior_density
+from smcdiff.ppl.split_gibbs import SplitGibbsKernelState
 from smcdiff.run import Trace, run
 
 __all__ = ["SweepState", "gibbs_sweep", "infer"]
@@ -211,11 +212,9 @@ def _statistics(state):
                 "step_size": block.adapt_state.step_size,
                 "energy": block.energy,
             }
-        elif isinstance(block, ParticleGibbsKernelState):
+        elif isinstance(block, ParticleGibbsKernelState | SplitGibbsKernelState):
             (name,) = block.z
-            found |= {
-                f"{name}.{key}": getattr(block, key) for key in ("acceptance_rate", "ess", "num_invalid")
-            }
+            found |= {f"{name}.{key}": value for key, value in block.statistics().items()}
         elif isinstance(block, ParticleMarginalKernelState):
             found |= {
                 "acceptance_rate": block.acceptance_rate,

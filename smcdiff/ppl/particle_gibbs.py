@@ -14,7 +14,6 @@ Sources: Andrieu, Doucet and Holenstein, "Particle Markov chain Monte Carlo meth
 "Practical and Asymptotically Exact Conditional Sampling in Diffusion Models", arXiv 2306.17775.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,13 +21,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from numpyro import handlers
-from numpyro.infer.mcmc import MCMCKernel
 
 from smcdiff.checks import check_count
 from smcdiff.guidance import Twist
-from smcdiff.ppl.call import model_call
-from smcdiff.ppl.sites import SiteLikelihood, diffusion_chain, prior_of
+from smcdiff.ppl.site_kernel import SiteKernel
+from smcdiff.ppl.sites import diffusion_chain
 from smcdiff.smc import FeynmanKac, particle_gibbs
 from smcdiff.smc.conditional import Trajectory
 
@@ -61,8 +58,12 @@ class ParticleGibbsKernelState(NamedTuple):
     ess: Float[Array, ""]
     num_invalid: Int[Array, ""]
 
+    def statistics(self) -> dict[str, Array]:
+        """What is reported of a step."""
+        return {key: getattr(self, key) for key in ("acceptance_rate", "ess", "num_invalid")}
 
-class ParticleGibbs(MCMCKernel):
+
+class ParticleGibbs(SiteKernel):
     """NumPyro kernel for one site with a `DiffusionPrior`, given all others; exact for any number of particles.
 
     A block of NumPyro's `Gibbs`, or a kernel of its own where the site is the only latent one. `smcdiff.infer` puts it
@@ -93,8 +94,6 @@ class ParticleGibbs(MCMCKernel):
     Source: "Particle Markov chain Monte Carlo methods", JRSS-B 72 (2010).
     """
 
-    sample_field = "z"
-
     def __init__(
         self,
         model: Callable,
@@ -109,7 +108,7 @@ class ParticleGibbs(MCMCKernel):
     ):
         check_count("num_particles", num_particles, 2)
         check_count("num_steps", num_steps)
-        self._model = model
+        super().__init__(model)
         self._num_steps, self._twist, self._order = num_steps, twist, order
         self._sampler = functools.partial(
             particle_gibbs,
@@ -119,16 +118,6 @@ class ParticleGibbs(MCMCKernel):
             batch_size=batch_size,
         )
 
-    @property
-    def model(self):
-        """The NumPyro model."""
-        return self._model
-
-    @property
-    def default_fields(self):
-        """What `numpyro.infer.MCMC` collects."""
-        return (self.sample_field,)
-
     def get_diagnostics_str(self, state: ParticleGibbsKernelState) -> str:
         """Text of the progress bar."""
         return f"{float(state.acceptance_rate):.0%} of the path renewed, ess {float(state.ess):.1f}"
@@ -136,7 +125,7 @@ class ParticleGibbs(MCMCKernel):
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs) -> ParticleGibbsKernelState:
         """Start with one particle of the twisted proposal; ``init_params`` names the site."""
         key_trace, key_path, rng_key = jax.random.split(rng_key, 3)
-        site, x = self._find_site(key_trace, list(init_params or ()), model_args, model_kwargs)
+        site, x = self.find_site(key_trace, list(init_params or ()), model_args, model_kwargs)
         algorithm = self._sampler(self._chain(site, x, model_args, model_kwargs))
         path = algorithm.init(None, key_path).position.particles.x
         zero = jnp.zeros((), path.dtype)
@@ -155,43 +144,8 @@ class ParticleGibbs(MCMCKernel):
             {site: path[-1]}, path, rng_key, info.acceptance_rate, jnp.min(info.ess), info.num_invalid
         )
 
-    def refresh(self, state: ParticleGibbsKernelState, model_args, model_kwargs) -> ParticleGibbsKernelState:
-        """Nothing that the state holds depends on the other sites."""
-        return state
-
-    def wrap_model(self, wrapper: Callable) -> "ParticleGibbs":
-        """The same kernel for the model ``wrapper(model)``."""
-        kernel = copy.copy(self)
-        kernel._model = wrapper(self._model)
-        return kernel
-
-    def get_constrain_fn(self, model_args, model_kwargs) -> Callable:
-        """A diffusion's samples have no constraint."""
-        return lambda z: z
-
-    def postprocess_fn(self, model_args, model_kwargs) -> Callable:
-        """Adds the deterministic sites."""
-
-        def fn(z):
-            filled = handlers.substitute(handlers.seed(self._model, jax.random.key(0)), data=z)
-            sites = handlers.trace(filled).get_trace(*model_args, **(model_kwargs or {})).items()
-            return {**z, **{name: site["value"] for name, site in sites if site["type"] == "deterministic"}}
-
-        return fn
-
-    def _find_site(self, rng_key, names, args, kwargs):
-        """Name of the block's site, and a draw of its prior."""
-        trace = handlers.trace(handlers.seed(self._model, rng_key)).get_trace(*args, **(kwargs or {}))
-        latent = [n for n, site in trace.items() if site["type"] == "sample" and not site["is_observed"]]
-        names = names or latent
-        if len(names) != 1 or prior_of(trace[names[0]]) is None:
-            raise ValueError(
-                "ParticleGibbs moves one site with a DiffusionPrior, given all others, got the sites "
-                f"{names}; give each such site a block of its own, and the others another kernel."
-            )
-        return names[0], trace[names[0]]["value"]
-
     def _chain(self, site, x, args, kwargs) -> FeynmanKac:
         """The twisted sampler of the site, where the others are as ``kwargs`` has them."""
-        problem = SiteLikelihood(model_call(self._model, args, kwargs or {}), {}, site)
-        return diffusion_chain(problem, x, self._num_steps, self._twist, self._order)
+        return diffusion_chain(
+            self.likelihood(site, args, kwargs), x, self._num_steps, self._twist, self._order
+        )

@@ -36,7 +36,14 @@ from smcdiff.ppl.families import GAUSSIAN, base, whitened
 from smcdiff.schedules import log_snr_times
 from smcdiff.smc import FeynmanKac, tds
 
-__all__ = ["SiteLikelihood", "diffusion_chain", "local_twist", "prior_of", "without_prior_density"]
+__all__ = [
+    "SiteLikelihood",
+    "diffusion_chain",
+    "diffusion_of",
+    "local_twist",
+    "prior_of",
+    "without_prior_density",
+]
 
 
 class SiteLikelihood(eqx.Module):
@@ -155,14 +162,20 @@ def diffusion_chain(
     problem: SiteLikelihood, x: Float[Array, "*shape"], num_steps: int, twist: Twist | None, order: int
 ) -> FeynmanKac:
     """The twisted sampler of the site of a `SiteLikelihood`, whose shape is that of ``x``; see `smcdiff.tds`."""
+    diffusion = diffusion_of(problem, x)
+    times = log_snr_times(diffusion.schedule, num_steps)
+    return tds(diffusion, problem, times=times, twist=local_twist(twist), order=order)
+
+
+def diffusion_of(problem: SiteLikelihood, x: Float[Array, "*shape"]) -> DiffusionModel:
+    """The diffusion of the site of a `SiteLikelihood`; under plates, of all its copies together."""
     described = problem.trace(x)[problem.site]
     prior = prior_of(described)
     assert prior is not None  # the kernels' `init` has seen to that
     diffusion = prior.model
     for size in reversed(described["fn"].batch_shape):
         diffusion = _Stack(diffusion, size)
-    times = log_snr_times(diffusion.schedule, num_steps)
-    return tds(diffusion, problem, times=times, twist=local_twist(twist), order=order)
+    return diffusion
 
 
 class _Stack(eqx.Module):
