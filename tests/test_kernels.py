@@ -14,7 +14,6 @@ from jax.tree_util import Partial
 from kernel_cases import KERNELS
 from mcmc_targets import logdensity, targets
 
-import smcdiff
 from smcdiff import mcmc
 from smcdiff.density import LogDensity
 from smcdiff.testing import check_invariance
@@ -73,19 +72,25 @@ def test_exact_kernels_leave_targets_alone_in_20_dimensions(name, target_name):
     check_stationarity(KERNELS[name].build(target.density(), 20), target, 8000, 20).raise_if_failed()
 
 
+@jax.jit
+def start_and_step(algorithm, position):
+    start = algorithm.init(position, jax.random.key(0))
+    return start, *algorithm.step(jax.random.key(1), start)
+
+
 @pytest.mark.parametrize("name", KERNELS)
-def test_protocol(name):
-    """States keep their structure, shapes and types from step to step, and a jitted step is the plain one."""
-    target = targets(2)["mixture"]
-    algorithm = KERNELS[name].build(target.density(), 2)
+def test_states_keep_their_form_and_another_target_of_the_same_shape_compiles_nothing(name):
     position = jnp.asarray([0.3, -0.2])
-    state = algorithm.init(position, jax.random.key(0))
-    np.testing.assert_array_equal(state.position, position)
-    shapes = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), state)
-    plain, info = algorithm.step(jax.random.key(1), state)
-    assert jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), plain) == shapes
-    jitted, _ = jax.jit(lambda algorithm, state: algorithm.step(jax.random.key(1), state))(algorithm, state)
-    np.testing.assert_allclose(jitted.position, plain.position, rtol=2e-5, atol=2e-6)
+    counts = []
+    for target_name in ("mixture", "skewed"):
+        target = LogDensity(Partial(_counted, *targets(2)[target_name].leaves()))
+        before = len(_traced)
+        start, state, info = start_and_step(KERNELS[name].build(target, 2), position)
+        counts.append(len(_traced) - before)
+    assert counts[0] > 0 and counts[1] == 0
+    np.testing.assert_array_equal(start.position, position)
+    forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), s) for s in (start, state)]
+    assert forms[0] == forms[1]
     assert info.acceptance_rate.shape == () and 0.0 <= info.acceptance_rate <= 1.0
 
 
@@ -121,34 +126,16 @@ def _counted(logits, means, inverses, freedoms, x):
     return logdensity(logits, means, inverses, freedoms, x)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_another_target_of_the_same_shape_compiles_nothing(name):
-    counts = []
-    for target_name in ("mixture", "skewed"):
-        leaves = targets(2)[target_name].leaves()
-        algorithm = KERNELS[name].build(LogDensity(Partial(_counted, *leaves)), 2)
-        before = len(_traced)
-        smcdiff.run(
-            jax.random.key(0),
-            algorithm,
-            2,
-            position=jnp.ones((3, 2)),
-            num_chains=3,
-            chunk_size=2,
-            progress=False,
-        )
-        counts.append(len(_traced) - before)
-    assert counts[0] > 0 and counts[1] == 0
-
-
 @pytest.mark.parametrize("name", SCORES_ONLY)
 def test_kernels_for_scores_take_targets_without_a_density(name):
-    target = targets(2)["mixture"].density()
-    position, key = jnp.asarray([0.3, -0.2]), jax.random.key(4)
-    results = []
-    for each in (target, ScoreOnly(target)):
-        algorithm = KERNELS[name].build(each, 2)
-        results.append(algorithm.step(key, algorithm.init(position, key))[0].position)
+    target, position = (
+        LogDensity(Partial(_counted, *targets(2)["mixture"].leaves())),
+        jnp.asarray([0.3, -0.2]),
+    )
+    results = [
+        start_and_step(KERNELS[name].build(each, 2), position)[1].position
+        for each in (target, ScoreOnly(target))
+    ]
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
