@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff import compose, mcmc, schedules
@@ -94,7 +95,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", quick(KERNELS, "mala, line integral"))
 def test_the_walk_ends_in_the_product(name):
     """Chains are independent: 2000 of them, 5 standard errors, six features; fails once in 300 000."""
     kernel, scores_only = KERNELS[name]

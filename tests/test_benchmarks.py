@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import quick
 from scipy.stats import norm, wasserstein_distance
 
 import smcdiff
@@ -34,9 +35,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "annealing" else name for name in MINE]
-)
+@pytest.mark.parametrize("name", quick(MINE, "gmm25"))
 def test_quick_run_writes_a_complete_record(name, tmp_path, capsys):
     if name == "digits":
         pytest.importorskip("sklearn")
@@ -154,7 +153,7 @@ def test_chain_evidence_is_for_gaussian_data_only():
         evidence.chain_log_evidence(model, problem, smcdiff.log_snr_times(model.schedule, 8))
 
 
-@pytest.mark.parametrize("task", digits.TASKS)
+@pytest.mark.parametrize("task", quick(digits.TASKS, "half the image"))
 def test_closed_form_twist_is_the_librarys(task):
     key_data, key_problem, key_x = jax.random.split(jax.random.key(0), 3)
     data = jax.random.uniform(key_data, (40, 8, 8))

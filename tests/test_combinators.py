@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
+from rows import quick
 from scipy.special import digamma
 
 import smcdiff
@@ -83,7 +84,7 @@ def second_moments(x):
     return np.stack([x[:, 0], x[:, 1], x[:, 0] ** 2, x[:, 0] * x[:, 1], x[:, 1] ** 2], axis=1)
 
 
-@pytest.mark.parametrize("how", ["mixture", "cycle"])
+@pytest.mark.parametrize("how", quick(["mixture", "cycle"], "mixture"))
 def test_kernels_of_kernels_keep_the_law(how):
     target = law()
     kernels = parts(target)
@@ -177,7 +178,7 @@ def exact_values():
     ]
 
 
-@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("case", quick(BLOCKS, "three blocks"))
 def test_gibbs_keeps_the_joint_law(case):
     algorithm = gibbs(Partial(_joint, jnp.asarray(1.0)), BLOCKS[case])
     start = exact(jax.random.key(2), CHAINS)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 from scipy import stats
 
 import smcdiff
@@ -157,7 +158,7 @@ def stationarity_errors(kernel, num_particles, num_steps=3, num_chains=24_000, f
 
 FEWEST = [("backward, multinomial, always", 2), ("traced, always", 2)]
 # With the others the discrete trajectories below suffice, but for one run of the CI.
-FAST = ("backward", "backward, multinomial, always", "traced")
+FAST = ("backward, multinomial, always",)
 SETTINGS = [(name, 4) if name in FAST else pytest.param(name, 4, marks=pytest.mark.slow) for name in KERNELS]
 
 
@@ -186,14 +187,16 @@ def with_wrong_increment(observed, particle_from, particle_to, k):
     return log_density - error, increment + error
 
 
-@pytest.mark.parametrize("wrong", [without_weight, without_density, with_wrong_increment])
+@pytest.mark.parametrize(
+    "wrong", quick([without_weight, without_density, with_wrong_increment], with_wrong_increment)
+)
 def test_a_wrong_transition_is_seen(wrong):
     """The power of the test above: dropped weights, dropped densities, wrong increments."""
     errors, _ = stationarity_errors((), 4, fk=functools.partial(state_space, log_transition=wrong))
     assert np.max(np.abs(errors)) > 1.5 * Z, errors
 
 
-@pytest.mark.parametrize("name", ["backward", "traced"])
+@pytest.mark.parametrize("name", quick(["backward", "traced"], "traced"))
 def test_joint_law_of_trajectory_and_measurements(name):
     """Geweke: alternate a step on x | y with a draw of y | x; the joint prior of (x, y) stays."""
     num_chains, sweeps = 10_000, 6
@@ -214,6 +217,7 @@ def test_joint_law_of_trajectory_and_measurements(name):
     assert np.max(np.abs(errors)) < Z, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backward, multinomial, always", "traced"])
 def test_ranks_of_the_truth_are_uniform(name):
     """Calibration: the truth has a uniform rank in a chain that was started from it at a random place.
@@ -269,7 +273,9 @@ def chain_transition(tables, state_from, state_to, k):
     return jnp.log(move[state_from, state_to]), jnp.log(emit[state_to, symbols[k + 1]])
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "name", quick(KERNELS, "backward", "traced", "backward, never resampled", "traced, always")
+)
 def test_the_whole_law_of_a_discrete_trajectory(name):
     tables = tuple(jnp.asarray(a, jnp.float32) for a in (START, MOVE, EMIT)) + (jnp.asarray(SYMBOLS),)
     fk = FeynmanKac(
@@ -441,7 +447,7 @@ def chain_posterior(order):
     return np.array([weights @ samples, weights @ samples**2, weights @ (samples > 0.3)])
 
 
-@pytest.mark.parametrize(("order", "backward"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("order", "backward"), [(2, False), pytest.param(1, True, marks=pytest.mark.slow)])
 def test_posterior_of_a_mixture_under_the_twisted_sampler(order, backward):
     """One particle moved along is a bad start; 20 steps of 4 particles forget it."""
     trace = smcdiff.run(
@@ -508,6 +514,7 @@ def test_invalid_weights_count_as_zero():
     assert np.all(np.isfinite(trace.samples.log_increments))
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_number():
     results = [
         smcdiff.run(

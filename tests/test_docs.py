@@ -45,8 +45,8 @@ SIZES = {
     "scale.md": {"model.schedule, 20))": "model.schedule, 20), twist=smcdiff.guidance.pigdm)"},
 }
 
-# Their calls have tests of their own, and the README's are those of getting_started.md (see below): once a CI run.
-SLOW = ("README.md", "bare_density.md", "mcmc.md", "numpyro.md")
+# Their calls have tests of their own; other pages once a CI run.
+QUICK = ("getting_started.md", "diagnostics.md")
 
 
 def extension(name):
@@ -69,7 +69,7 @@ def parts(name):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:arviz", "ignore:.*:RuntimeWarning:arviz")
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=pytest.mark.slow) if p.name in SLOW else p for p in WITH_CODE],
+    [p if p.name in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in WITH_CODE],
     ids=lambda path: path.name,
 )
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch, capsys):

@@ -91,6 +91,7 @@ def test_a_diffusion_needs_no_drift():
     np.testing.assert_allclose(drift, 0.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_will_do_and_batches_change_no_number():
     a, b = parts()
     network = smcdiff.Diffusion(b, lambda model, x, t: model.score(x, t), b.schedule, "score", (2,))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import quick
 from scipy import stats
 
 from smcdiff import GaussianMixture, estimators
@@ -85,6 +86,9 @@ ROWS = {
 }
 
 
+WITH_MARGINAL = [name for name, (row, _) in ROWS.items() if row.has_marginal]
+
+
 def _estimate(estimator, keys, centre, width):
     target = as_target(_log_density)
 
@@ -129,7 +133,18 @@ def _exact(index):
     return mean, variance / 2, log_marginal + LOG_EVIDENCE
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        ROWS,
+        "importance, target identity",
+        "importance, combined",
+        "rejection from a reference",
+        "chains",
+        "annealed",
+        "ensemble",
+    ),
+)
 def test_denoised_sample_variance_and_draw_are_those_of_the_posterior(name):
     estimator, bias = ROWS[name]
     for index, (centre, width) in enumerate(zip(CENTRES, WIDTHS, strict=True)):
@@ -154,7 +169,17 @@ def test_denoised_sample_variance_and_draw_are_those_of_the_posterior(name):
             assert np.all(error < 0.25 * np.sqrt(variance))
 
 
-@pytest.mark.parametrize("name", [name for name, (row, _) in ROWS.items() if row.has_marginal])
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        WITH_MARGINAL,
+        "importance",
+        "importance, target identity",
+        "rejection from a reference",
+        "annealed",
+        "ensemble",
+    ),
+)
 def test_marginal_is_unbiased(name):
     """With few samples, where the log of the estimate would be off."""
     few = {
@@ -241,7 +266,7 @@ def _counted():
     return function, calls
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", quick(ROWS, "importance", "rejection", "chains", "annealed", "ensemble"))
 def test_evaluations_are_counted(name):
     function, calls = _counted()
     target, estimator = as_target(function), ROWS[name][0]
@@ -261,7 +286,7 @@ def test_nothing_accepted_is_flagged():
     assert np.all(np.isfinite(found.denoised))  # what importance sampling would say
 
 
-@pytest.mark.parametrize("name", [name for name, (row, _) in ROWS.items() if row.has_marginal][:-1])
+@pytest.mark.parametrize("name", quick(WITH_MARGINAL[:-1], "importance", "rejection", "annealed"))
 def test_a_density_that_vanishes_at_every_proposal_is_flagged(name):
     target = as_target(lambda x: jnp.where(x[0] > 1e3, 0.0, -jnp.inf) - 0.5 * jnp.sum(x**2))
     estimator = ROWS[name][0]

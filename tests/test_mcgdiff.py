@@ -51,7 +51,9 @@ def posterior(mean, covariance, problem):
     return log_evidence, mean + gain @ residual, covariance - gain @ matrix @ covariance
 
 
-@pytest.mark.parametrize(("name", "order"), [("cosine", 2), ("velocity of a flow", 1)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("cosine", 2), pytest.param("velocity of a flow", 1, marks=pytest.mark.slow)]
+)
 def test_evidence_and_posterior_of_the_discretised_chain(name, order):
     schedule, wrap = MODELS[name]
     exact, grid = gaussian(schedule), times(schedule)
@@ -135,7 +137,9 @@ def test_almost_no_noise():
     assert np.all(np.abs(means.mean(0) - mean) < Z * means.std(0) / np.sqrt(600))
 
 
-@pytest.mark.parametrize(("name", "order"), [("cosine", 2), ("velocity of a flow", 1)])
+@pytest.mark.parametrize(
+    ("name", "order"), [("cosine", 2), pytest.param("velocity of a flow", 1, marks=pytest.mark.slow)]
+)
 def test_without_noise_the_chain_is_conditioned_exactly(name, order):
     """The last transition's deviation is part of the oracle, as it is of the target."""
     schedule, wrap = MODELS[name]
@@ -163,6 +167,7 @@ def test_without_noise_rows_must_be_independent():
             mcgdiff(gaussian(), redundant, times=times(), noiseless=True)
 
 
+@pytest.mark.slow
 def test_image_shaped_samples():
     rng = np.random.default_rng(4)
     root = rng.normal(size=(6, 6))

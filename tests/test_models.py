@@ -106,6 +106,7 @@ def test_the_denoised_image_does_not_depend_on_the_schedule(name, model):
             np.testing.assert_allclose(result, results[0], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradients_through_the_model_are_finite_at_every_level(name, model):
     images, _ = checkpoints.held_out(name)
     gradient = eqx.filter_jit(

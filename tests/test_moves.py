@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fk_cases import CASES
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff import compose, schedules
@@ -79,7 +80,7 @@ def _gaussian_step(step, rng_key, position):
     return step * jax.random.normal(rng_key, position.shape)
 
 
-@pytest.mark.parametrize("k", [2, 7, 11])
+@pytest.mark.parametrize("k", quick([2, 7, 11], 7))
 @pytest.mark.parametrize("kind", ["mala", "random walk"])
 def test_moves_keep_the_density_at_the_end_of_the_step(kind, k):
     path, grid = compose.product(*models()), times(12)
@@ -192,7 +193,7 @@ def test_smc_with_moves_ends_in_the_exact_law():
     assert np.all(acceptance > 0.4) and np.all(acceptance < 0.99)
 
 
-@pytest.mark.parametrize("step_size", [0.01, 50.0])
+@pytest.mark.parametrize("step_size", quick([0.01, 50.0], 50.0))
 def test_a_bad_step_size_is_tuned_from_the_cloud(step_size):
     path, grid = compose.product(*models()), times(40)
     _, log_integral = product_of(*[model.mixture for model in models()])
@@ -212,6 +213,7 @@ def test_a_bad_step_size_is_tuned_from_the_cloud(step_size):
     assert abs(ratio.mean() - 1) < 7.1 * ratio.std(ddof=1) / np.sqrt(8) < 0.3  # t with 7 degrees: 2e-4
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_number():
     fk, ends = CASES["gaussian"]().fk, []
     for batch_size in (None, 7):

@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
+from rows import quick
 from scipy import stats
 from test_steering import chain_law
 
@@ -98,6 +99,7 @@ def test_its_density_is_the_models_own():
     assert prior.log_prob(x[0]).shape == () and prior.event_shape == (2,) and prior.support(x).all()
 
 
+@pytest.mark.slow
 def test_the_flows_density_is_that_of_the_exact_model_with_its_noise():
     x, noise = jnp.array([0.3, -0.2]), np.exp(-4.0)
     smeared = mixture().mixture.diffuse(jnp.ones(()), jnp.asarray(noise))
@@ -157,6 +159,7 @@ def linear(diffusion, matrix, y):
 
 
 def correlated(diffusion, matrix, y):
+    TRACES.append("correlated")
     x = numpyro.sample("x", DiffusionPrior(diffusion))
     numpyro.sample("y", dist.MultivariateNormal(matrix @ x, jnp.asarray(COVARIANCE, x.dtype)), obs=y)
 
@@ -436,9 +439,7 @@ def joint(name):
     )
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "linear" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", quick(CASES, "copies"))
 def test_the_joint_posterior_is_exact_for_three_particles(name):
     means = CASES[name].features(joint(name).samples).mean(1)
     errors = (means.mean(0) - CASES[name].exact()) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
@@ -481,6 +482,7 @@ def test_a_marginal_run_says_how_often_it_moved():
     assert np.isfinite(joint("moved, marginal").info["lp"]).all()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_its_blocks_did_and_keeps_deterministic_sites():
     trace = joint("linear")
     np.testing.assert_allclose(
@@ -506,7 +508,7 @@ def test_new_data_compile_nothing():
         settings = {"num_warmup": 4, "num_samples": 6, "num_chains": 2, "progress": False}
         kernels = {"x": functools.partial(ParticleGibbs, num_particles=2, num_steps=3)}
         with jax.log_compiles(False):
-            infer(jax.random.key(0), linear, gaussian(), A, y, kernels=kernels, **settings)
+            infer(jax.random.key(0), correlated, gaussian(), A, y, kernels=kernels, **settings)
         return len(TRACES)
 
     compiled = []

@@ -63,7 +63,11 @@ KERNELS = {
 
 @pytest.mark.parametrize(
     ("name", "chain_method"),
-    [("hmc", "vectorized"), ("hmc", "sequential"), ("slices", "vectorized"), ("hmc", "parallel")],
+    [
+        ("hmc", "vectorized"),
+        ("slices", "vectorized"),
+        *(pytest.param("hmc", how, marks=pytest.mark.slow) for how in ("sequential", "parallel")),
+    ],
 )
 def test_numpyros_runner_takes_them(name, chain_method):
     builder, target_acceptance = KERNELS[name]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import quick
 
 import smcdiff
 from smcdiff import GaussianMixture, estimators, rdmc, rdmc_path, reverse_sample, run_smc, schedules, slips
@@ -81,7 +82,7 @@ def _positions(result):
 
 
 @pytest.mark.parametrize("num", [600, pytest.param(40_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("transition", ["mean", "draw"])
+@pytest.mark.parametrize("transition", quick(["mean", "draw"], "mean"))
 def test_variance_of_a_narrow_gaussian(transition, num):
     """N(3, .25) by 128 proposals a step: the implementation that others copied gives .96."""
     estimator = estimators.importance(128, reference=(1.0, 3.0), identity="combined")
@@ -125,10 +126,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("a known start", "slips, geometric") else name
-        for name in SAMPLERS
-    ],
+    quick(SAMPLERS, "ten steps from draws", "slips, mean steps"),
 )
 def test_the_law_of_a_mixture_with_exact_posteriors(name):
     """Draws of the posterior make no error at any number of steps; means one of first order in the step."""
@@ -149,20 +147,19 @@ def _check_mixture(x, num, slack=0.0):
         assert np.all(np.abs(near.var(0) - VARIANCE) < (Z + slack) * error), near.var(0) / VARIANCE
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        estimators.importance(24, reference=REFERENCE, antithetic=False),
-        estimators.rejection(48, reference=REFERENCE),  # with a running bound that is none
-        estimators.annealed_importance(4, 4, reference=REFERENCE, identity="combined"),
-        _Exact(),
-    ],
-    ids=["importance", "rejection", "annealed", "exact"],
-)
-def test_evidence_is_unbiased(estimator):
+WEIGHING = {
+    "importance": estimators.importance(24, reference=REFERENCE, antithetic=False),
+    "rejection": estimators.rejection(48, reference=REFERENCE),  # with a running bound that is none
+    "annealed": estimators.annealed_importance(4, 4, reference=REFERENCE, identity="combined"),
+    "exact": _Exact(),
+}
+
+
+@pytest.mark.parametrize("name", quick(WEIGHING, "importance", "exact"))
+def test_evidence_is_unbiased(name):
     """Means over 200 runs of 64 particles and 10 steps, with estimates that are far from exact."""
     fk = rdmc(
-        _path(estimator),
+        _path(WEIGHING[name]),
         times=log_snr_times(SCHEDULE, 10, log_snr_max=2.5),
         weights="marginal",
         start=REFERENCE,
@@ -178,6 +175,7 @@ def test_evidence_is_unbiased(estimator):
     assert abs(masses.mean() - WEIGHTS[0]) < Z * masses.std() / math.sqrt(200)
 
 
+@pytest.mark.slow
 def test_weights_mend_what_bad_estimates_break():
     """Four proposals a step: without weights the first mode gets too much, with them what is its own."""
     path = _path(estimators.importance(4, reference=REFERENCE))
@@ -213,6 +211,7 @@ def test_the_path_is_a_function_and_a_model():
     assert np.all(np.abs(np.corrcoef(found[1:, 0], found[:-1, 0])[0, 1]) < Z / math.sqrt(2000))
 
 
+@pytest.mark.slow
 def test_reverse_sampler_runs_on_the_path():
     path = _path(estimators.importance(128, reference=REFERENCE, identity="combined"))
     times, num = log_snr_times(SCHEDULE, 40), 1000
@@ -304,6 +303,7 @@ def test_new_targets_and_keys_do_not_compile_anew():
     assert len(_TRACES) == before > 0 and results[0] != results[1]
 
 
+@pytest.mark.slow
 def test_double_precision():
     with jax.enable_x64(True):
         estimator = estimators.importance(16, reference=(0.0, 2.0), identity="combined")

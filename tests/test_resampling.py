@@ -145,6 +145,7 @@ def test_particles_without_weight_are_never_drawn(resample):
     assert not np.any(counts[:, np.asarray(weights) == 0])
 
 
+@pytest.mark.slow
 def test_a_point_that_rounds_to_one_has_an_owner():
     """(2^23 - 1 + u)/2^23 is 1 in float32 for one u in four: the owner is the last particle that has weight."""
     num = 2**23
@@ -154,6 +155,7 @@ def test_a_point_that_rounds_to_one_has_an_owner():
     assert indices[0, -1] == 1 and indices.max() == 1
 
 
+@pytest.mark.slow
 def test_a_million_draws_do_not_collapse(resample):
     """A uniform of exactly zero comes once in 2^23 draws, hence in one run of eight here. No run may feel it."""
     num = 1_000_000
@@ -226,7 +228,10 @@ def test_running_sum_of_systematic_counts_at_a_million():
     assert gap.max() < 1 + 1e-3
 
 
-@pytest.mark.parametrize("num, num_samples", [(10**6, 3), (5000, 10**6), (1, 5)])
+@pytest.mark.parametrize(
+    "num, num_samples",
+    [(1, 5), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((10**6, 3), (5000, 10**6)))],
+)
 def test_numbers_of_different_size(num, num_samples):
     """Expected offspring far below and far above the unit of the weights' rounding."""
     weights = _weights(num, seed=3)

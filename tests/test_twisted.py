@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import quick
 
 import smcdiff
 from benchmarks.evidence import chain_log_evidence
@@ -72,7 +73,7 @@ def tds_runs(key, model, problem, num_steps, num_particles, num_chains, **option
     )
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", quick([1, 2], 1))
 def test_evidence_is_that_of_the_discretised_chain(order):
     result = plain_runs(order)
     exact = chain_log_evidence(gaussian(), problem(), times(16), order)
@@ -92,7 +93,7 @@ TWISTS = {
 }
 
 
-@pytest.mark.parametrize("name", TWISTS)
+@pytest.mark.parametrize("name", quick(TWISTS, "pigdm", "moments", "a user's"))
 def test_every_twist_has_the_same_evidence(name):
     # Large noise, so that even a poor twist has weights of finite, small variance.
     easy = problem(scale=4.0)
