@@ -17,11 +17,12 @@ Bars: at its best, one of ours is not worse than the better of parallel temperin
 in mode frequencies where there are modes, else in the sliced distance; 1.15 floors of W2 on eight modes, N = 2000; mode
 weights within .05 and log evidence within .05 for the skewed and the two modes by `rdsmc`.
 
-Command: ``python -m benchmarks unnormalised``
+Command: ``python -m benchmarks unnormalised``; ``--problems rings --keep`` measures one of them anew.
 
 Sources: definitions as in `smcdiff.targets`; equal evaluations after Grenioux et al., arXiv 2402.10758, and others.
 """
 
+import json
 import math
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bare_samplers import OURS, SAMPLERS, Problem, path_of, times_of
-from benchmarks.common import Clock, bar, format_table, total_variation
+from benchmarks.common import RESULTS, Clock, bar, format_table, total_variation
 from benchmarks.distances import discrepancy, sliced_ks, w2
 from smcdiff import estimators, rdmc, run_smc, targets
 from smcdiff.targets import HasModes
@@ -54,6 +55,7 @@ def add_arguments(parser):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--keep", action="store_true", help="the result file's records of the other problems")
 
 
 def run(args) -> dict:
@@ -72,15 +74,25 @@ def run(args) -> dict:
             found[sampler] = average(records)
             summary.append({"problem": name, "sampler": sampler} | found[sampler] | {"run_s": clock.run})
             print(format_table(summary[-1:]), flush=True)
+            jax.clear_caches()  # hundreds of programs would reach the number of memory maps that Linux allows
         base = average(floors)
         summary.append({"problem": name, "sampler": "floor"} | base)
         bars += compare(name, found, base)
-    if not args.quick:
+    if not args.quick and not args.keep:
         bars.append(bar("W2 / floor, eight modes", eight_modes_distance(args.seeds), 1.15))
+    if args.keep:
+        old = json.loads((args.out or RESULTS / "unnormalised.json").read_text())
+        rows, summary = (
+            [row for row in old[key] if row["problem"] not in args.problems] + new
+            for key, new in (("rows", rows), ("summary", summary))
+        )
+        measured = {record["bar"] for record in bars}
+        bars = [record for record in old["bars"] if record["bar"] not in measured] + bars
     print(format_table(summary))
     return {
         "title": "Bare densities at equal numbers of evaluations",
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "quick")},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "quick", "keep")}
+        | {"problems": [name for name in PROBLEMS if any(row["problem"] == name for row in summary)]},
         "seeds": list(range(args.seeds)),
         "rows": rows,
         "summary": summary,
