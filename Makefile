@@ -34,23 +34,29 @@ demo: $(VENV)/.installed  ## a posterior of an inpainted digit by twisted SMC, w
 	    --particles 64 --chains 4 --steps 100 --seed 0 --out $(DEMO_OUT) --force
 	@ls -1 $(DEMO_OUT)/report.* | sed 's/^/report: /'
 
-# What a test compiles it runs for milliseconds, so the compiler may leave out its optimisations, which take longer, and
-# emit loops directly where jaxlib still can. A flag that jaxlib does not know ends the process, hence the trial.
-# `make test XLA_FLAGS=` compiles as users do, and so do the slow tests.
-QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1
-QUICKER := $(QUICK) --xla_cpu_use_fusion_emitters=false
+# What a test compiles it runs for milliseconds, so the compiler may leave out its optimisations, which take longer: all
+# of them in the tests of minutes, and those that cost more than they save in the slow tests, which run for seconds. It
+# may also emit loops directly where jaxlib still can. A flag that jaxlib does not know ends the process, hence the
+# trial. `make test XLA_FLAGS=` compiles as users do.
+CHEAP := --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1
+DIRECT := --xla_cpu_use_fusion_emitters=false
 
-test: $(VENV)/.installed  ## the tests that take minutes in all
+# $(call pytest,<level of optimisation>,<which tests>)
+define pytest
 	@if [ -z "$${XLA_FLAGS+set}" ]; then \
-	    export XLA_FLAGS="$(QUICK)"; \
-	    if JAX_PLATFORMS=cpu XLA_FLAGS="$(QUICKER)" $(RUN) -c "import jax; jax.devices()" >/dev/null 2>&1; then \
-	        export XLA_FLAGS="$(QUICKER)"; \
+	    export XLA_FLAGS="--xla_backend_optimization_level=$(1) $(CHEAP)"; \
+	    if JAX_PLATFORMS=cpu XLA_FLAGS="$$XLA_FLAGS $(DIRECT)" $(RUN) -c "import jax; jax.devices()" >/dev/null 2>&1; then \
+	        export XLA_FLAGS="$$XLA_FLAGS $(DIRECT)"; \
 	    fi; \
 	fi; \
-	echo "XLA_FLAGS=$$XLA_FLAGS $(PYTEST) -m 'not slow'"; $(PYTEST) -m "not slow"
+	echo "XLA_FLAGS=$$XLA_FLAGS $(PYTEST) -m '$(2)'"; $(PYTEST) -m "$(2)"
+endef
+
+test: $(VENV)/.installed  ## the tests that take minutes in all
+	$(call pytest,0,not slow)
 
 test-slow: $(VENV)/.installed  ## the tests that `make test` leaves out
-	$(PYTEST) -m slow
+	$(call pytest,1,slow)
 
 docs: $(VENV)/.installed-docs  ## the documentation, in docs/_build/html
 	$(RUN) -m sphinx -b html -W --keep-going docs docs/_build/html
