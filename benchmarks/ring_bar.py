@@ -43,7 +43,7 @@ from smcdiff.boxes import BoxMixtureDiffusion
 
 LOG_LIKELIHOOD = 3.4726
 _HMC = functools.partial(mcmc.hmc, num_integration_steps=3)
-_HMC_LINE = functools.partial(mcmc.hmc, num_integration_steps=3, accept="line_integral")
+_HMC_LINE = functools.partial(mcmc.hmc, num_integration_steps=3, accept="line_integral", num_nodes=12)
 _MALA_LINE = functools.partial(mcmc.mala, accept="line_integral")
 
 
@@ -62,7 +62,7 @@ VARIANTS = {
     "mala, density weights": Variant(mcmc.mala, mcmc.mala, 9, "density", 1, 1),
     "hmc, density weights": Variant(_HMC, _HMC, 3, "density", 3, 3),
     "mala, line integral, score weights": Variant(_MALA_LINE, mcmc.mala, 9, "score", 5, 0),
-    "hmc, line integral, score weights": Variant(_HMC_LINE, _HMC, 3, "score", 7, 0),
+    "hmc, line integral, score weights": Variant(_HMC_LINE, _HMC, 3, "score", 15, 0),
     "mala": Variant(mcmc.mala, mcmc.mala, 9, "none", 1, 1),
     "hmc": Variant(_HMC, _HMC, 3, "none", 3, 3),
     "mala, line integral": Variant(_MALA_LINE, mcmc.mala, 9, "none", 5, 0),
@@ -77,9 +77,9 @@ METRICS = ("ll", "upper", "w2")
 def add_arguments(parser):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--levels", type=int, default=100)
+    parser.add_argument("--levels", type=int, default=200)
     parser.add_argument("--floor-pairs", type=int, default=20)
-    parser.add_argument("--sigma-max", type=float, default=1.5)
+    parser.add_argument("--sigma-max", type=float, default=3.0)
     parser.add_argument("--sigma-min", type=float, default=0.005)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
 
