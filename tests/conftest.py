@@ -25,8 +25,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# Tracing makes millions of objects that die at once or stay: the collector looks at them less often.
-gc.set_threshold(50_000, 20, 20)
+# Tracing makes millions of objects that die at once or stay: the collector looks at them less often, and at those of
+# the imports never.
+gc.set_threshold(200_000, 20, 20)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+
 
 _MAPS = Path("/proc/self/maps")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xarray
 from PIL import Image
+from rows import quick
 
 import smcdiff
 from smcdiff import inverse, plots, report
@@ -410,7 +411,7 @@ def test_masks_hide_what_they_say(mask, hidden):
     np.testing.assert_array_equal(inverse.unobserved(_problem(mask=mask)), expected)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 12, 8)])
+@pytest.mark.parametrize("shape", quick([(8, 8), (1, 8, 8), (3, 12, 8)], (3, 12, 8)))
 @pytest.mark.parametrize("name", ["inpaint", "deblur", "superres"])
 def test_problems_measure_the_image_with_the_noise(name, shape):
     truth = _images(1, shape)[0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fk_cases import CASES
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff.smc import FeynmanKac, effective_sample_size, multinomial, run_smc, smc, stratified, systematic
@@ -63,6 +64,7 @@ def test_final_weighted_mean_is_the_filter_mean(case, threshold):
     assert np.all(means.std(0) < 0.1)
 
 
+@pytest.mark.slow
 def test_evidence_error_falls_with_the_root_of_the_number_of_particles(case):
     spread = []
     for num_particles in (50, 800):
@@ -111,7 +113,7 @@ def test_effective_sample_size():
     np.testing.assert_allclose(effective_sample_size(log_weights), 1 / np.sum(weights**2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("batch_size", quick([1, 7, 100], 7))
 def test_batch_size_changes_no_number(batch_size):
     case = CASES["gaussian"]()
     whole = run_smc(jax.random.key(6), case.fk, 64, progress=False)

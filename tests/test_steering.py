@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff import schedules
@@ -232,7 +233,7 @@ def assert_is_tilted_mixture(result, exact, slope, largest_error=0.025):
         assert np.all(error < largest_error), (name, error)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "velocity of a flow"))
 def test_mode_weights_of_a_tilted_mixture(name):
     schedule, wrap = MODELS[name]
     slope = np.array([-0.6, 0.5, 0.8])

@@ -45,6 +45,7 @@ def test_one_particle_is_weighed_properly():
     assert np.max(np.abs(x.mean(0) - law[1]) / (x.std(0) / np.sqrt(len(x)))) > 10
 
 
+@pytest.mark.slow
 def test_first_order_and_flow():
     exact, grid = gaussian(schedules.rectified_flow), times(schedules.rectified_flow)
     law = tilt(*chain_law(exact, grid, 1), SLOPE, 0.0, 1.0)
