@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rows import quick
 
 import smcdiff
 
@@ -69,7 +70,7 @@ def parts(name):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:arviz", "ignore:.*:RuntimeWarning:arviz")
 @pytest.mark.parametrize(
     "path",
-    [p if p.name in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in WITH_CODE],
+    quick(WITH_CODE, *(path for path in WITH_CODE if path.name in QUICK)),
     ids=lambda path: path.name,
 )
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff import compose, schedules
@@ -191,9 +192,7 @@ def test_moments_and_mode_weights_are_within_3_standard_errors():
     assert len(beyond) <= 5, beyond
 
 
-@pytest.mark.parametrize(
-    "name", ["product", *[pytest.param(name, marks=pytest.mark.slow) for name in ("guidance", "temper 3")]]
-)
+@pytest.mark.parametrize("name", quick(["product", "guidance", "temper 3"], "product"))
 def test_density_weights_are_unbiased_at_20_steps_with_few_particles(name):
     log_integral, _ = truth(name)
     path = CASES[name][0](*parts())

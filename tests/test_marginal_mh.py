@@ -159,6 +159,7 @@ def test_a_redrawn_estimate_is_seen():
     assert np.max(np.abs(errors)) > 2 * Z, errors
 
 
+@pytest.mark.slow
 def test_a_forgotten_prior_is_seen():
     errors, _ = errors_after(*chains(strength=0.0))
     assert np.max(np.abs(errors)) > 2 * Z, errors

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 from scipy import integrate
 from scipy.spatial.distance import cdist
 from scipy.stats import binom, chi2, kstest, multivariate_t, norm, t
@@ -78,7 +79,7 @@ def test_control_variates_on_the_line_where_they_are_constant():
     assert found.standard_error < 1e-5
 
 
-@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("order", quick([1, 2], 2))
 def test_sliced_costs_are_those_of_the_benchmarks(order):
     x, counts, y = clouds()
     directions = np.random.default_rng(0).normal(size=(20, 3))

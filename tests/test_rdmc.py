@@ -81,7 +81,7 @@ def _positions(result):
     return np.asarray(result.particles.position, float).reshape(-1, *result.particles.position.shape[2:])
 
 
-@pytest.mark.parametrize("num", [600, pytest.param(40_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", quick([600, 40_000], 600))
 @pytest.mark.parametrize("transition", quick(["mean", "draw"], "mean"))
 def test_variance_of_a_narrow_gaussian(transition, num):
     """N(3, .25) by 128 proposals a step: the implementation that others copied gives .96."""

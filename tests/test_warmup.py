@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from rows import quick
 
 import smcdiff
 from smcdiff.mcmc.hamiltonian import hmc
@@ -56,7 +57,7 @@ def acceptance(algorithm, position, num_steps=100):
     return float(np.mean(trace.info.acceptance_rate))
 
 
-@pytest.mark.parametrize("name", ["hmc", pytest.param("blackjax nuts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", quick(["hmc", "blackjax nuts"], "hmc"))
 def test_windows_recover_scales_and_reach_the_acceptance_rate(name):
     algorithm, options = (hmc, {"num_integration_steps": 3}) if name == "hmc" else (blackjax.nuts, {})
     start = 0.1 * jax.random.normal(jax.random.key(0), (CHAINS, 4))
