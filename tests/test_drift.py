@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import quick
 from test_fkc import CASES, SIZES, check, parts, runs, times
 
 import smcdiff
@@ -39,7 +38,8 @@ def unevenness(name, control):
 GAINS = {"contrast": 0.3, "guidance": 0.6, "product": 0.8, "tempered tilt": 1.3}
 
 
-@pytest.mark.parametrize("name", quick(GAINS, "contrast"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GAINS)
 def test_a_fitted_drift_keeps_law_and_evidence_and_evens_the_weights(name):
     check(1, name, drift_control=drift_of(name))
     fitted, fixed = unevenness(name, drift_of(name)), unevenness(name, True)

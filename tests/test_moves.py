@@ -193,7 +193,8 @@ def test_smc_with_moves_ends_in_the_exact_law():
     assert np.all(acceptance > 0.4) and np.all(acceptance < 0.99)
 
 
-@pytest.mark.parametrize("step_size", quick([0.01, 50.0], 50.0))
+@pytest.mark.slow
+@pytest.mark.parametrize("step_size", [0.01, 50.0])
 def test_a_bad_step_size_is_tuned_from_the_cloud(step_size):
     path, grid = compose.product(*models()), times(40)
     _, log_integral = product_of(*[model.mixture for model in models()])

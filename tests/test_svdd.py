@@ -53,6 +53,7 @@ def test_first_order_and_flow():
     assert_properly_weighted(run(3, fk), *law)
 
 
+@pytest.mark.slow
 def test_mode_weights_of_a_tilted_mixture_with_a_flow():
     exact, slope = mixture(schedules.rectified_flow), np.array([-0.6, 0.5, 0.8])
     grid = times(schedules.rectified_flow, 60)
@@ -73,6 +74,7 @@ def _python_reward(samples):
     return samples.astype(float) @ SLOPE
 
 
+@pytest.mark.slow
 def test_python_rewards_give_the_same():
     python, traced = (
         run(6, svdd(gaussian(), r, times=times(), num_children=3))

@@ -265,7 +265,7 @@ def test_the_krylov_shift_approaches_the_dense_one():
     assert error[0] > error[1] > error[2] and error[2] < 0.05, error
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", quick([1, 2], 1))
 def test_the_last_step_is_not_steered(order):
     """It has no noise, so no weight could take it back. The grid ends far from the data, where the shift is large."""
     result, grid = plain_runs(order, 1.0), times(16, log_snr_max=1.0)
