@@ -502,12 +502,18 @@ def test_a_run_says_what_its_blocks_did_and_keeps_deterministic_sites():
     assert "x.ess" in data.sample_stats and "diverging" in data.sample_stats
 
 
-def test_new_data_compile_nothing():
-    joint("copies")
+@pytest.mark.parametrize(
+    "name", quick(["copies", "linear"], "copies")
+)  # "linear" has NUTS beside particle Gibbs
+def test_new_data_compile_nothing(name):
+    joint(name)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
-    posterior("copies", gaussian(), TWO + 1.0)
+    *given, y = CASES[name].args
+    posterior(name, *given, y + 1.0)
     assert not [event for event in compiled if "backend_compile" in event]
+    jax.jit(lambda x: x + 1.0)(jnp.ones(7))  # the listener would have heard of a program
+    assert [event for event in compiled if "backend_compile" in event]
 
 
 # Bad models -----------------------------------------------------------------------------------------------------------

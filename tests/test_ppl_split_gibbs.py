@@ -174,13 +174,18 @@ def test_it_is_a_numpyro_kernel_of_its_own_and_moves_plates():
     mcmc = MCMC(
         SplitGibbs(copies, rho=RHO, num_steps=40), num_warmup=20, num_samples=1500, progress_bar=False
     )
-    mcmc.run(jax.random.key(3), gaussian(), y)
+    mcmc.run(jax.random.key(3), gaussian(), y, extra_fields=("denoised",))
     draws = np.asarray(mcmc.get_samples()["x"], float)
     prior = COVARIANCE + RHO**2 * np.eye(2)
     gain = prior @ np.linalg.inv(prior + 0.36 * np.eye(2))
     exact, variance = MEAN + (y - MEAN) @ gain.T, np.diag(prior - gain @ prior)
     # Autocorrelation is below .7 for these rho and noise: an effective draw in six.
     assert np.all(np.abs(draws.mean(0) - exact) < Z * np.sqrt(6 * variance / 1500))
+    # The denoised samples have the prior itself, and the measurement with the noise of the copy.
+    gain = COVARIANCE @ np.linalg.inv(COVARIANCE + (0.36 + RHO**2) * np.eye(2))
+    exact, variance = MEAN + (y - MEAN) @ gain.T, np.diag(COVARIANCE - gain @ COVARIANCE)
+    denoised = np.asarray(mcmc.get_extra_fields()["denoised"], float)
+    assert np.all(np.abs(denoised.mean(0) - exact) < Z * np.sqrt(6 * variance / 1500))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class SplitGibbsKernelState(NamedTuple):
     z
         The noisy copy, under the name of the site.
     denoised
-        The sample without noise that the last step drew for the copy before, of the same shape.
+        The sample without noise from which the last step drew the copy, of the same shape.
     rng_key
         Key of the next step.
     acceptance_rate
@@ -70,6 +70,8 @@ class SplitGibbsKernelState(NamedTuple):
 class SplitGibbs(SiteKernel):
     """NumPyro kernel for one site with a `DiffusionPrior`, given all others, whose prior is blurred by noise rho.
 
+    The site's value is the copy. The sample without noise is ``denoised`` in the state, for NumPyro's ``extra_fields``:
+    it has the prior itself, and for a linear model A the measurement with the noise R + rho^2 A A^T.
     A step costs ``num_steps`` calls of the denoiser, whatever the size of the model, where `ParticleGibbs` needs that
     times its number of particles. It mixes the faster the larger ``rho`` is.
 
