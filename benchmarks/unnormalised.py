@@ -1,7 +1,7 @@
 """Bare densities at equal numbers of evaluations: which sampler finds the modes, the moments and the evidence.
 
 Targets (`smcdiff.targets`): 40 modes in 2 and in 50 dimensions, rings, Neal's funnel in 10 dimensions, two modes of
-weights 2/3 and 1/3 in 8 dimensions, a skewed mixture in 5. All samplers know the same of a target: a Gaussian
+weights 2/3 and 1/3 in 8 and 64 dimensions, a skewed mixture in 5. All samplers know the same of a target: a Gaussian
 N(0, scale^2 I) that covers it, and the width of its narrowest feature. An evaluation is one of the log density, with
 its gradient where that is used; they are counted, but for the warm-up of NUTS, whose trajectories are taken to be as
 long as those after it, and every sampler gets 4096 for each of 1024 samples, warm-up and pilots included.
@@ -45,6 +45,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "rings": lambda: Problem(targets.rings(), 3.0, 0.15),
     "funnel": lambda: Problem(targets.funnel(10), 5.0, 1.0, True),
     "two modes, d = 8": lambda: Problem(targets.two_modes(8), 1.2, 0.22, True),
+    "two modes, d = 64": lambda: Problem(targets.two_modes(64), 1.2, 0.22, True),
     "skewed modes, d = 5": lambda: Problem(targets.skewed_modes(5), 7.0, 0.8, True),
 }
 
