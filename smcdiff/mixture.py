@@ -102,6 +102,12 @@ class GaussianMixture(eqx.Module):
         means = (weights @ self.rotated_means)[None] if self._shared else self.rotated_means
         return self._average(weights, (means - z) / self.eigenvalues)
 
+    def logdensity_and_score(
+        self, x: Float[Array, "*event"]
+    ) -> tuple[Float[Array, ""], Float[Array, "*event"]]:
+        """Both at one sample ``x``, from one evaluation of the components."""
+        return jax.value_and_grad(self.logdensity)(x)
+
     def denoise(
         self, x: Float[Array, "*event"], alpha: Float[Array, ""], sigma: Float[Array, ""]
     ) -> Float[Array, "*event"]:

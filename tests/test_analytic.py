@@ -118,6 +118,9 @@ def test_density_score_and_responsibilities(case, x64):
         score = gradient(model, x, t)
         np.testing.assert_allclose(model.score(x, t), score, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(marginal.score(x), score, rtol=1e-9, atol=1e-9)
+        both = marginal.logdensity_and_score(x)
+        np.testing.assert_allclose(both[0], logsumexp(joint), rtol=1e-10)
+        np.testing.assert_allclose(both[1], score, rtol=1e-9, atol=1e-9)
 
 
 def test_denoiser_and_posterior_covariance(case, x64):

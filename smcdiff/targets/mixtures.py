@@ -63,6 +63,12 @@ class MixtureTarget(Target):
         """Gradient of the log density at one sample ``x``."""
         return self.mixture.score(x)
 
+    def logdensity_and_score(
+        self, x: Float[Array, "*event"]
+    ) -> tuple[Float[Array, ""], Float[Array, "*event"]]:
+        """Both at one sample ``x``, from one evaluation of the components."""
+        return self.mixture.logdensity_and_score(x)
+
     def sample(self, rng_key: PRNGKeyArray, num_samples: int) -> Float[Array, "n *event"]:
         """Draw ``num_samples`` independent samples."""
         return self.mixture.sample(rng_key, num_samples)
