@@ -19,7 +19,7 @@ from smcdiff.mcmc import diffusive_gibbs, mala, parallel_tempering, tune_levels,
 from smcdiff.mcmc import tempered as powers
 from smcdiff.schedules import log_snr_times
 
-__all__ = ["OURS", "SAMPLERS", "Problem", "Result", "path_of", "times_of"]
+__all__ = ["OURS", "SAMPLERS", "SAMPLERS_16", "Problem", "Result", "path_of", "times_of"]
 
 CHAINS = 64
 
@@ -52,8 +52,9 @@ def times_of(path, num_steps, width):
     return log_snr_times(path.schedule, num_steps, log_snr_max=-math.log(0.2 * width))
 
 
-def _reverse(problem, num_samples, evaluations, rng_key, **options):
+def _reverse(problem, num_samples, evaluations, rng_key, times_evaluations=1, **options):
     """rdmc with 64 steps, or 28 and 4 pilots where every estimate is annealed."""
+    evaluations *= times_evaluations
     reference = (0.0, problem.scale)
     if problem.is_annealed:
         num_steps, num_pilots = 28, 4
@@ -306,4 +307,9 @@ SAMPLERS: dict[str, Callable] = {
     "persistent SMC": _persistent_smc,
     "NUTS, BlackJAX": _nuts,
     "NUTS, NumPyro": _numpyro_nuts,
+}
+# What more levels of annealing buy, where the modes differ.
+SAMPLERS_16 = {
+    "rdmc, draws, 16 x": partial(_reverse, transition="draw", times_evaluations=16),
+    "rdsmc, 16 x": partial(_reverse, weights="marginal", times_evaluations=16),
 }
