@@ -8,13 +8,14 @@
 
 import argparse
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import benchmarks
-from benchmarks.common import RESULTS, Clock, finish, format_table
+from benchmarks.common import RESULTS, Clock, finish, format_table, joined
 
 _NOT_BENCHMARKS = {"__main__", "bare_samplers", "common", "distances", "table", "timing"}
 
@@ -38,11 +39,18 @@ def run_one(name: str, options: list[str]) -> dict:
     )
     parser.add_argument("--quick", action="store_true", help="a few seconds, for tests; not a measurement")
     parser.add_argument("--out", type=Path, help=f"result file, by default benchmarks/results/{name}.json")
+    keys = getattr(module, "KEYS", ())
+    if keys:
+        parser.add_argument(
+            "--keep", action="store_true", help="the records of the result file that this run lacks"
+        )
     module.add_arguments(parser)
     args = parser.parse_args(options)
     out = args.out or (None if args.quick else RESULTS / f"{name}.json")
     with Clock() as clock:
         result = module.run(args)
+    if keys and args.keep and out is not None:
+        result = joined(json.loads(out.read_text()), result, keys)
     return finish(name, result, clock, out)
 
 

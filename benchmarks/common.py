@@ -6,7 +6,9 @@ A benchmark is a module with ``add_arguments(parser)`` and ``run(args) -> dict``
     rows       one flat record a seed and setting,       summary   one flat record a setting (what the tables show),
     bars       records made by `bar`: value, limit, passed.
 
-`finish` adds versions, machine, date and wall time, and writes the file.
+`finish` adds versions, machine, date and wall time, and writes the file. A benchmark of several parts that take long
+names in ``KEYS`` the columns that tell them apart; its option ``--keep`` measures some, and leaves the others as they
+are.
 """
 
 import datetime
@@ -28,6 +30,7 @@ __all__ = [
     "bar",
     "finish",
     "format_table",
+    "joined",
     "sliced_wasserstein",
     "total_variation",
 ]
@@ -173,6 +176,26 @@ def finish(name: str, result: dict, clock: Clock, out: Path | None) -> dict:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(dump(complete))
     return complete
+
+
+def joined(old: dict, new: dict, keys: Sequence[str]) -> dict:
+    """The result ``new`` with the records of ``old`` that it lacks, which have other values in the columns ``keys``."""
+
+    def group(row):
+        return tuple(row[key] for key in keys)
+
+    both = {}
+    for name in ("rows", "summary"):
+        measured = {group(row) for row in new[name]}
+        both[name] = [row for row in old[name] if group(row) not in measured] + new[name]
+        order = list(dict.fromkeys(row[keys[0]] for row in both[name]))
+        both[name].sort(key=lambda row, order=order: order.index(row[keys[0]]))
+    measured = {entry["bar"] for entry in new["bars"]}
+    return {
+        **new,
+        **both,
+        "bars": [entry for entry in old["bars"] if entry["bar"] not in measured] + new["bars"],
+    }
 
 
 def dump(result: dict) -> str:

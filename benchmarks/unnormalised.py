@@ -23,7 +23,6 @@ Command: ``python -m benchmarks unnormalised``; ``--problems rings --keep`` meas
 Sources: definitions as in `smcdiff.targets`; equal evaluations after Grenioux et al., arXiv 2402.10758, and others.
 """
 
-import json
 import math
 from collections.abc import Callable
 
@@ -32,12 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bare_samplers import OURS, SAMPLERS, SAMPLERS_16, Problem, path_of, times_of
-from benchmarks.common import RESULTS, Clock, bar, format_table, total_variation
+from benchmarks.common import Clock, bar, format_table, total_variation
 from benchmarks.distances import discrepancy, sliced_ks, w2
 from smcdiff import estimators, rdmc, run_smc, targets
 from smcdiff.targets import HasModes
 
 ALL_SAMPLERS = SAMPLERS | SAMPLERS_16
+KEYS = ("problem", "sampler")
 METRICS = ("mode tv", "log evidence", "mean", "sliced ks", "mmd")
 
 
@@ -58,7 +58,6 @@ def add_arguments(parser):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--samplers", nargs="+", choices=ALL_SAMPLERS, default=list(ALL_SAMPLERS))
-    parser.add_argument("--keep", action="store_true", help="the result file's other records")
 
 
 def run(args) -> dict:
@@ -85,16 +84,10 @@ def run(args) -> dict:
         bars += compare(name, found, base)
     if not args.quick and not args.keep:
         bars.append(bar("W2 / floor, eight modes", eight_modes_distance(args.seeds), 1.15))
-    if args.keep:
-        old = json.loads((args.out or RESULTS / "unnormalised.json").read_text())
-        rows, summary = (_joined(old[key], new) for key, new in (("rows", rows), ("summary", summary)))
-        measured = {record["bar"] for record in bars}
-        bars = [record for record in old["bars"] if record["bar"] not in measured] + bars
     print(format_table(summary))
     return {
         "title": "Bare densities at equal numbers of evaluations",
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "quick", "keep")}
-        | {"problems": [name for name in PROBLEMS if any(row["problem"] == name for row in summary)]},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "quick")},
         "seeds": list(range(args.seeds)),
         "rows": rows,
         "summary": summary,
@@ -118,14 +111,6 @@ def compare(name, found, base) -> list[dict]:
 
 def _is_uneven(name) -> bool:
     return name.startswith(("two", "skewed"))
-
-
-def _joined(old, new) -> list[dict]:
-    """Old records that were not measured anew, and the new ones, problem by problem."""
-    measured = {(row["problem"], row["sampler"]) for row in new}
-    rows = [row for row in old if (row["problem"], row["sampler"]) not in measured] + new
-    order = list(PROBLEMS)
-    return sorted(rows, key=lambda row: order.index(row["problem"]))
 
 
 def one(problem, sampler, args, seed) -> dict:

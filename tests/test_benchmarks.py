@@ -13,7 +13,7 @@ from scipy.stats import norm, wasserstein_distance
 import smcdiff
 from benchmarks import annealing, digits, evidence, table
 from benchmarks.__main__ import main, names
-from benchmarks.common import bar, format_table, sliced_wasserstein, total_variation
+from benchmarks.common import bar, format_table, joined, sliced_wasserstein, total_variation
 from smcdiff import guidance, schedules
 
 # Third-party samplers and NumPy's double precision inside: strict promotion is the library's rule, not the benchmarks'.
@@ -60,6 +60,22 @@ def test_benchmarks_are_found_and_unknown_names_are_refused(capsys):
     assert set(MINE) <= set(names())
     assert main(["no-such-benchmark"]) == 2
     assert "gmm25" in capsys.readouterr().err
+
+
+def test_a_part_that_is_measured_anew_replaces_its_own_records_only():
+    def result(*values):
+        rows = [{"part": part, "kind": kind, "value": value} for part, kind, value in values]
+        bars = [bar(f"{part}, {kind}", value, 2.0) for part, kind, value in values]
+        return {"title": "parts", "rows": rows, "summary": rows[:1], "bars": bars}
+
+    old = result(("a", "x", 1.0), ("a", "y", 2.0), ("b", "x", 3.0))
+    new = result(("a", "y", 5.0), ("a", "z", 1.0))
+    both = joined(old, new, ("part", "kind"))
+    found = [tuple(row.values()) for row in both["rows"]]
+    assert found == [("a", "x", 1.0), ("a", "y", 5.0), ("a", "z", 1.0), ("b", "x", 3.0)]
+    assert [tuple(row.values()) for row in both["summary"]] == [("a", "x", 1.0), ("a", "y", 5.0)]
+    passed = {entry["bar"] for entry in both["bars"] if entry["passed"]}
+    assert len(both["bars"]) == 4 and passed == {"a, x", "a, z"}
 
 
 def test_committed_results_render():
