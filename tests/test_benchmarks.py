@@ -35,7 +35,7 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize("name", quick(MINE, "gmm25"))
+@pytest.mark.parametrize("name", quick(MINE))
 def test_quick_run_writes_a_complete_record(name, tmp_path, capsys):
     if name == "digits":
         pytest.importorskip("sklearn")
