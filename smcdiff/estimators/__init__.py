@@ -1,6 +1,7 @@
 """Estimators of the score of a noised density, from the bare density alone."""
 
 from smcdiff.estimators.annealed import annealed_importance
+from smcdiff.estimators.annealed_smc import CloudState, annealed_smc
 from smcdiff.estimators.chains import ChainsState, chains
 from smcdiff.estimators.ensemble import ensemble
 from smcdiff.estimators.estimator import Estimate, ScoreEstimator
@@ -10,9 +11,11 @@ from smcdiff.estimators.rejection import rejection
 
 __all__ = [
     "ChainsState",
+    "CloudState",
     "Estimate",
     "ScoreEstimator",
     "annealed_importance",
+    "annealed_smc",
     "chains",
     "ensemble",
     "importance",

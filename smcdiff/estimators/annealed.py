@@ -69,6 +69,58 @@ class _Level(eqx.Module):
         return -0.5 * jnp.sum(scaled**2), -scaled / self.prior.std
 
 
+def unit_step(prior: Proposal) -> Float[Array, ""]:
+    """The unit of step sizes: the proposal's variance times d^(-1/3)."""
+    return jnp.mean(prior.std**2) * prior.mean.size ** (-1 / 3)
+
+
+def moves(rng_key, target, prior, beta, step_size, samples, values, gradients, num_steps: int):
+    """MALA steps of all samples at the level ``beta``, one evaluation of the target each.
+
+    Parameters
+    ----------
+    rng_key, target
+        Key; object with a log density and a score.
+    prior
+        Proposal of the annealing.
+    beta, step_size
+        Level, above 0, and step size.
+    samples, values, gradients
+        Points (n, *event), with the target's log density and its gradient there.
+    num_steps
+        Steps.
+
+    Returns
+    -------
+    The same three afterwards, and the mean acceptance rate (n,) of each sample.
+    """
+    density = _Level(target, prior, beta)
+    algorithm = mala(density, step_size)
+
+    def run(key, x, value, gradient):
+        log_prior, prior_score = density.prior_terms(x)
+        reference, reference_score = jax.value_and_grad(prior.log_reference)(x)
+        start = HamiltonianState(
+            x,
+            log_prior + beta * (value - reference),
+            prior_score + beta * (gradient - reference_score),
+            None,
+        )
+        end, infos = jax.lax.scan(
+            lambda state, key: algorithm.step(key, state), start, jax.random.split(key, num_steps)
+        )
+        log_prior, prior_score = density.prior_terms(end.position)
+        reference, reference_score = jax.value_and_grad(prior.log_reference)(end.position)
+        return (
+            end.position,
+            (end.logdensity - log_prior) / beta + reference,
+            (end.score - prior_score) / beta + reference_score,
+            jnp.mean(infos.acceptance_rate),
+        )
+
+    return jax.vmap(run)(jax.random.split(rng_key, len(samples)), samples, values, gradients)
+
+
 class _Annealed(ScoreEstimator):
     has_marginal: ClassVar[bool] = True
     reference: Reference | None
@@ -99,7 +151,7 @@ class _Annealed(ScoreEstimator):
         key_samples, key_levels, key_draw = jax.random.split(rng_key, 3)
         prior = proposal(self.reference, centre, width)
         samples = prior.draw(key_samples, self.num_samples)
-        scale = jnp.mean(prior.std**2) * centre.size ** (-1 / 3)
+        scale = unit_step(prior)
 
         def level(carry, inputs):
             key, before, beta, log_step_size = inputs
@@ -108,35 +160,17 @@ class _Annealed(ScoreEstimator):
             log_weights = log_weights + (beta - before) * jnp.where(
                 jnp.isnan(log_ratios), -jnp.inf, log_ratios
             )
-            density = _Level(target, prior, beta)
-            algorithm = mala(density, jnp.exp(log_step_size) * scale)
-
-            def run(key, x, value, gradient):
-                """MALA steps from a point whose target's value and gradient are known."""
-                log_prior, prior_score = density.prior_terms(x)
-                reference, reference_score = jax.value_and_grad(prior.log_reference)(x)
-                start = HamiltonianState(
-                    x,
-                    log_prior + beta * (value - reference),
-                    prior_score + beta * (gradient - reference_score),
-                    None,
-                )
-                end, infos = jax.lax.scan(
-                    lambda state, key: algorithm.step(key, state),
-                    start,
-                    jax.random.split(key, self.steps_per_level),
-                )
-                log_prior, prior_score = density.prior_terms(end.position)
-                reference, reference_score = jax.value_and_grad(prior.log_reference)(end.position)
-                return (
-                    end.position,
-                    (end.logdensity - log_prior) / beta + reference,
-                    (end.score - prior_score) / beta + reference_score,
-                    jnp.mean(infos.acceptance_rate),
-                )
-
-            keys = jax.random.split(key, self.num_samples)
-            samples, values, gradients, acceptance = jax.vmap(run)(keys, samples, values, gradients)
+            samples, values, gradients, acceptance = moves(
+                key,
+                target,
+                prior,
+                beta,
+                jnp.exp(log_step_size) * scale,
+                samples,
+                values,
+                gradients,
+                self.steps_per_level,
+            )
             return (samples, values, gradients, log_weights), jnp.mean(acceptance)
 
         values, gradients = jax.vmap(lambda x: logdensity_and_score(target, x))(samples)
