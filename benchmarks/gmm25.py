@@ -54,6 +54,7 @@ VARIANTS = {
     "bootstrap": (_bootstrap, 1, lambda dy: 0),
 }
 METRICS = ("sw1", "floor", "ratio", "log_evidence_error", "ess", "num_resampled")
+KEYS = ("d", "d_y", "sampler", "ess_threshold")
 
 
 def add_arguments(parser):
@@ -99,6 +100,7 @@ def run(args) -> dict:
                 | summarise(records)
                 | {"comparison": not is_main}
             )
+            print(format_table(summary[-1:]), flush=True)
             if is_main:
                 bars.append(
                     bar(

@@ -72,6 +72,11 @@ ROWS = {
         estimators.annealed_importance(200, 6, reference=REFERENCE, identity="combined"),
         0.0,
     ),
+    "annealed smc": (estimators.annealed_smc(200, 6, num_moves=2), 0.0),
+    "annealed smc from a reference": (
+        estimators.annealed_smc(200, 6, reference=REFERENCE, identity="combined", ess_threshold=0.99),
+        0.0,
+    ),
     "recursive": (
         estimators.recursive(estimators.importance(60), num_chains=6, num_steps=40, step_size=0.1),
         0.1,
@@ -142,6 +147,7 @@ def _exact(index):
         "rejection from a reference",
         "chains",
         "annealed",
+        "annealed smc from a reference",
         "ensemble",
     ),
 )
@@ -177,6 +183,7 @@ def test_denoised_sample_variance_and_draw_are_those_of_the_posterior(name):
         "importance, target identity",
         "rejection from a reference",
         "annealed",
+        "annealed smc",
         "ensemble",
     ),
 )
@@ -189,6 +196,8 @@ def test_marginal_is_unbiased(name):
         "importance from a reference": estimators.importance(4, reference=REFERENCE, antithetic=False),
         "annealed": estimators.annealed_importance(2, 3, steps_per_level=2),
         "annealed from a reference": estimators.annealed_importance(2, 3, reference=REFERENCE),
+        "annealed smc": estimators.annealed_smc(4, 4, num_moves=2, ess_threshold=0.9),
+        "annealed smc from a reference": estimators.annealed_smc(4, 3, reference=REFERENCE),
         "rejection": estimators.rejection(4),
         "rejection from a reference": estimators.rejection(4, reference=REFERENCE),
     }
@@ -207,6 +216,38 @@ def test_marginal_is_unbiased(name):
         assert ratios.std() / np.sqrt(len(ratios)) < 0.05
 
 
+def test_a_cloud_that_is_carried_on_is_that_of_the_new_posterior_and_marginal():
+    """From one centre and width to the others, weighed and moved; the marginal is unbiased there too."""
+    target, estimator = (
+        as_target(_log_density),
+        estimators.annealed_smc(16, 12, num_moves=2, ess_threshold=0.7),
+    )
+
+    @jax.jit
+    def carried(estimator, keys, order):
+        def one(key):
+            keys = jax.random.split(key, 3)
+            centres, widths = jnp.asarray(CENTRES)[order], jnp.asarray(WIDTHS)[order]
+            state, _ = estimator.init(keys[0], target, centres[0], widths[0])
+            _, state = estimator(keys[1], target, centres[0], widths[0], state)
+            estimate, state = estimator(keys[2], target, centres[1], widths[1], state)
+            return estimate.log_marginal, estimate.denoised, state.log_step_size
+
+        return jax.vmap(one)(keys)
+
+    order = np.array([1, 0])  # as noise falls; the other way round the weights have no variance
+    mean, variance, log_marginal = _exact(order[1])
+    found, denoised, log_step_size = carried(estimator, jax.random.split(jax.random.key(3), 4000), order)
+    ratios = np.exp(np.asarray(found, float) - log_marginal)
+    error = ratios.std() / np.sqrt(len(ratios))
+    assert abs(ratios.mean() - 1) < Z * error and error < 0.03
+    # Weighed by its marginal, a cloud is properly weighted: the mean of the posterior, without bias.
+    weighed = ratios[:, None] * (np.asarray(denoised, float) - mean)
+    error = weighed.std(0) / np.sqrt(len(ratios))
+    assert np.all(np.abs(weighed.mean(0)) < Z * error) and np.all(error < 0.05 * np.sqrt(variance))
+    assert np.all(np.isfinite(log_step_size)) and np.std(log_step_size) > 0
+
+
 def test_combined_identity_is_exact_for_a_diagonal_gaussian():
     mean, variance = jnp.asarray([0.7, -1.1]), jnp.asarray([0.3, 2.0])
     target = as_target(lambda x: -0.5 * jnp.sum((x - mean) ** 2 / variance))
@@ -217,6 +258,7 @@ def test_combined_identity_is_exact_for_a_diagonal_gaussian():
         estimators.rejection(50, identity="combined"),
         estimators.chains(2, 8, identity="combined"),
         estimators.annealed_importance(8, 2, identity="combined"),
+        estimators.annealed_smc(8, 2, identity="combined"),
     ):
         state, _ = _start(estimator, jax.random.key(0), target, centre, width)
         found, _ = _single(estimator, jax.random.key(1), target, centre, width, state)
@@ -266,7 +308,9 @@ def _counted():
     return function, calls
 
 
-@pytest.mark.parametrize("name", quick(ROWS, "importance", "rejection", "chains", "annealed", "ensemble"))
+@pytest.mark.parametrize(
+    "name", quick(ROWS, "importance", "rejection", "chains", "annealed", "annealed smc", "ensemble")
+)
 def test_evaluations_are_counted(name):
     function, calls = _counted()
     target, estimator = as_target(function), ROWS[name][0]
@@ -286,7 +330,7 @@ def test_nothing_accepted_is_flagged():
     assert np.all(np.isfinite(found.denoised))  # what importance sampling would say
 
 
-@pytest.mark.parametrize("name", quick(WITH_MARGINAL[:-1], "importance", "rejection", "annealed"))
+@pytest.mark.parametrize("name", quick(WITH_MARGINAL[:-1], "importance", "rejection", "annealed smc"))
 def test_a_density_that_vanishes_at_every_proposal_is_flagged(name):
     target = as_target(lambda x: jnp.where(x[0] > 1e3, 0.0, -jnp.inf) - 0.5 * jnp.sum(x**2))
     estimator = ROWS[name][0]
@@ -339,6 +383,10 @@ def test_bad_input_raises():
         estimators.chains(step_size=0.0)
     with pytest.raises(ValueError, match=r"^target_acceptance must lie in"):
         estimators.annealed_importance(4, target_acceptance=1.5)
+    with pytest.raises(ValueError, match=r"^num_moves must be a positive integer"):
+        estimators.annealed_smc(4, num_moves=0)
+    with pytest.raises(ValueError, match=r"^ess_threshold must lie in \[0, 1\)"):
+        estimators.annealed_smc(4, ess_threshold=1.0)
     with pytest.raises(TypeError, match=r"^base must be an estimator"):
         estimators.recursive(_log_density)
     with pytest.raises(ValueError, match=r"^depth must be a positive integer"):

@@ -151,6 +151,7 @@ WEIGHING = {
     "importance": estimators.importance(24, reference=REFERENCE, antithetic=False),
     "rejection": estimators.rejection(48, reference=REFERENCE),  # with a running bound that is none
     "annealed": estimators.annealed_importance(4, 4, reference=REFERENCE, identity="combined"),
+    "annealed smc": estimators.annealed_smc(16, 8, num_moves=2, reference=REFERENCE, identity="combined"),
     "exact": _Exact(),
 }
 

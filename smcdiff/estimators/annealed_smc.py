@@ -121,9 +121,10 @@ class _AnnealedSMC(ScoreEstimator):
             self.num_moves,
         )
         gradients = None if self.identity == "denoising" else cloud.gradients[1:]
-        denoised, draw, variance, ess, is_valid = summarise(
+        denoised, draw, variance, _, is_valid = summarise(
             key_draw, cloud.samples[1:], cloud.log_weights, gradients, centre, width, self.identity
         )
+        ess = _ess_of_copies(cloud.samples[1:], cloud.log_weights)
         log_marginal = cloud.log_marginal + _log_mean(cloud.log_weights)
         count = len(cloud.samples) * self.num_moves
         return Estimate(denoised, draw, variance, log_marginal, ess, is_valid, count), cloud
@@ -155,6 +156,13 @@ class _AnnealedSMC(ScoreEstimator):
         return CloudState(
             samples, values, gradients, log_weights, log_marginal, log_step_size, cloud.centre, cloud.width
         )
+
+
+def _ess_of_copies(samples, log_weights):
+    """Effective sample size in which copies that no move has parted count as one sample."""
+    flat, weights = samples.reshape(len(samples), -1), jax.nn.softmax(log_weights)
+    is_copy = jnp.all(flat[:, None] == flat[None], axis=-1)
+    return 1.0 / jnp.sum(weights * (is_copy.astype(weights.dtype) @ weights))
 
 
 def _log_mean(log_weights):

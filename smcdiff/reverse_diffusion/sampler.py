@@ -139,7 +139,7 @@ def rdmc(
         if not path.estimator.has_marginal:
             raise ValueError(
                 'weights="marginal" needs an estimator with an unbiased marginal, such as importance or '
-                f"annealed_importance, got {type(path.estimator).__name__.strip('_')}."
+                f"annealed_smc, got {type(path.estimator).__name__.strip('_')}."
             )
         if (transition, last, num_langevin_steps) != ("mean", "sample", 0):
             raise ValueError(
