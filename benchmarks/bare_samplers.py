@@ -19,7 +19,7 @@ from smcdiff.mcmc import diffusive_gibbs, mala, parallel_tempering, tune_levels,
 from smcdiff.mcmc import tempered as powers
 from smcdiff.schedules import log_snr_times
 
-__all__ = ["OURS", "SAMPLERS", "SAMPLERS_4", "Problem", "Result", "path_of", "times_of"]
+__all__ = ["OURS", "SAMPLERS", "Problem", "Result", "path_of", "times_of"]
 
 CHAINS = 64
 
@@ -52,9 +52,8 @@ def times_of(path, num_steps, width):
     return log_snr_times(path.schedule, num_steps, log_snr_max=-math.log(0.2 * width))
 
 
-def _reverse(problem, num_samples, evaluations, rng_key, times_evaluations=1, **options):
+def _reverse(problem, num_samples, evaluations, rng_key, **options):
     """rdmc with 64 steps, or with 28 and an annealed cloud: three sevenths of the evaluations anneal it."""
-    evaluations *= times_evaluations
     is_weighted = options.get("weights") == "marginal"
     if problem.is_annealed:
         num_steps, cloud = 28, 9
@@ -308,9 +307,4 @@ SAMPLERS: dict[str, Callable] = {
     "persistent SMC": _persistent_smc,
     "NUTS, BlackJAX": _nuts,
     "NUTS, NumPyro": _numpyro_nuts,
-}
-# What more evaluations buy, where the modes differ.
-SAMPLERS_4 = {
-    "rdmc, draws, 4 x": partial(_reverse, transition="draw", times_evaluations=4),
-    "rdsmc, 4 x": partial(_reverse, weights="marginal", times_evaluations=4),
 }
