@@ -5,8 +5,8 @@ float32, for 1, 100 and 10 000 chains. The target is given as
 
 function    its log density as a plain function, the same for every library, whose gradient all take by autodiff and
             whose parameters are constants of the program;
-mixture     `smcdiff.GaussianMixture`, which has a score of its own. BlackJAX and NumPyro, which take functions only,
-            get its log density. The parameters are arguments of the program.
+mixture     `smcdiff.GaussianMixture`, which gives log density and score together. BlackJAX and NumPyro, which take
+            functions only, get its log density. The parameters are arguments of the program.
 
 All kernels have the same step and run in the same compiled loop, the one of `smcdiff.run`: the keys of a chain are
 folded by the step, chains are mapped, and the first coordinate and the acceptance rate of every step are kept.
@@ -44,6 +44,7 @@ from smcdiff import mcmc
 DIMENSION, COMPONENTS, LEAPFROG = 100, 5, 10
 STEP = {"mala": 0.05, "hmc": 0.25, "nuts": 0.25}  # each accepted at a rate of about 0.8
 TARGETS = ("function", "mixture")
+KEYS = ("kernel", "target", "chains", "library")
 CHAINS = {1: 10_000, 100: 1000, 10_000: 20}  # number of chains: steps of MALA in one timing
 
 
