@@ -179,7 +179,10 @@ def finish(name: str, result: dict, clock: Clock, out: Path | None) -> dict:
 
 
 def joined(old: dict, new: dict, keys: Sequence[str]) -> dict:
-    """The result ``new`` with the records of ``old`` that it lacks, which have other values in the columns ``keys``."""
+    """The result ``new`` with the records of ``old`` that it lacks, which have other values in the columns ``keys``.
+
+    Lists among the settings name what is in either; all else is of the new run.
+    """
 
     def group(row):
         return tuple(row[key] for key in keys)
@@ -190,6 +193,11 @@ def joined(old: dict, new: dict, keys: Sequence[str]) -> dict:
         both[name] = [row for row in old[name] if group(row) not in measured] + new[name]
         order = list(dict.fromkeys(row[keys[0]] for row in both[name]))
         both[name].sort(key=lambda row, order=order: order.index(row[keys[0]]))
+    settings = {key: value for key, value in new["settings"].items() if key != "keep"}
+    for key, value in settings.items():
+        if isinstance(value, list) and isinstance(old["settings"].get(key), list):
+            settings[key] = list(dict.fromkeys(old["settings"][key] + value))
+    both["settings"] = settings
     measured = {entry["bar"] for entry in new["bars"]}
     return {
         **new,

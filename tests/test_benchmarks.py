@@ -66,7 +66,8 @@ def test_a_part_that_is_measured_anew_replaces_its_own_records_only():
     def result(*values):
         rows = [{"part": part, "kind": kind, "value": value} for part, kind, value in values]
         bars = [bar(f"{part}, {kind}", value, 2.0) for part, kind, value in values]
-        return {"title": "parts", "rows": rows, "summary": rows[:1], "bars": bars}
+        settings = {"parts": list(dict.fromkeys(part for part, _, _ in values)), "keep": True}
+        return {"title": "parts", "settings": settings, "rows": rows, "summary": rows[:1], "bars": bars}
 
     old = result(("a", "x", 1.0), ("a", "y", 2.0), ("b", "x", 3.0))
     new = result(("a", "y", 5.0), ("a", "z", 1.0))
@@ -75,6 +76,7 @@ def test_a_part_that_is_measured_anew_replaces_its_own_records_only():
     assert found == [("a", "x", 1.0), ("a", "y", 5.0), ("a", "z", 1.0), ("b", "x", 3.0)]
     assert [tuple(row.values()) for row in both["summary"]] == [("a", "x", 1.0), ("a", "y", 5.0)]
     passed = {entry["bar"] for entry in both["bars"] if entry["passed"]}
+    assert both["settings"] == {"parts": ["a", "b"]}
     assert len(both["bars"]) == 4 and passed == {"a, x", "a, z"}
 
 

@@ -144,11 +144,14 @@ class _AnnealedSMC(ScoreEstimator):
         log_marginal = cloud.log_marginal + jnp.where(is_uneven, log_mean, 0.0)
 
         def move(carry, key):
-            log_step_size, *points = carry
+            log_step_size, samples, values, gradients = carry
             step_size = jnp.exp(log_step_size) * unit_step(prior)
-            *points, acceptance = moves(key, target, prior, beta, step_size, *points, num_steps=1)
+            samples, values, gradients, acceptance = moves(
+                key, target, prior, beta, step_size, samples, values, gradients, num_steps=1
+            )
             change = _GAIN * (acceptance[0] - self.target_acceptance)
-            return (log_step_size + jnp.where(jnp.isnan(change), -_GAIN, change), *points), None
+            log_step_size += jnp.where(jnp.isnan(change), -_GAIN, change)
+            return (log_step_size, samples, values, gradients), None
 
         points = [leaf[ancestors] for leaf in (cloud.samples, cloud.values, cloud.gradients)]
         carry = (cloud.log_step_size, *points)
