@@ -36,7 +36,7 @@ from benchmarks.distances import discrepancy, sliced_ks, w2
 from smcdiff import estimators, rdmc, run_smc, targets
 from smcdiff.targets import HasModes
 
-KEYS = ("problem", "sampler")
+KEYS = ("problem",)  # the bars compare the samplers of a problem
 METRICS = ("mode tv", "log evidence", "mean", "sliced ks", "mmd")
 
 

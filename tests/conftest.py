@@ -45,7 +45,7 @@ def _free_programs():
     Not after every module: the small ones serve the next module too, and dropping takes seconds.
     """
     yield
-    if not _MAPS.exists() or _MAPS.read_bytes().count(b"\n") > 50_000:
+    if not _MAPS.exists() or _MAPS.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 

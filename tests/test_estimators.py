@@ -248,6 +248,18 @@ def test_a_cloud_that_is_carried_on_is_that_of_the_new_posterior_and_marginal():
     assert np.all(np.isfinite(log_step_size)) and np.std(log_step_size) > 0
 
 
+def test_copies_of_a_sample_count_as_one():
+    """Steps that are all rejected leave the copies together that resampling made."""
+    target, estimator = as_target(_log_density), estimators.annealed_smc(16, 2, num_moves=1, step_size=1e8)
+    centre, width = CENTRES[0], np.float32(3.0)
+    state, _ = _start(estimator, jax.random.key(0), target, centre, width)
+    found, state = _single(estimator, jax.random.key(1), target, centre, width, state)
+    distinct = len(np.unique(np.asarray(state.samples[1:]), axis=0))
+    assert 1 < found.ess <= distinct * (1 + 1e-5) and distinct < 12
+    by_weights = 1.0 / np.sum(np.asarray(jax.nn.softmax(state.log_weights)) ** 2)
+    assert found.ess < by_weights - 1.0
+
+
 def test_combined_identity_is_exact_for_a_diagonal_gaussian():
     mean, variance = jnp.asarray([0.7, -1.1]), jnp.asarray([0.3, 2.0])
     target = as_target(lambda x: -0.5 * jnp.sum((x - mean) ** 2 / variance))

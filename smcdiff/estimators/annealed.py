@@ -69,6 +69,16 @@ class _Level(eqx.Module):
         return -0.5 * jnp.sum(scaled**2), -scaled / self.prior.std
 
 
+def annealing_levels(num_levels, power, step_size, target_acceptance, identity) -> Float[Array, " levels+1"]:
+    """b_k = (k / K)^power, when what annealing estimators share has been checked; see `annealed_importance`."""
+    check_count("num_levels", num_levels)
+    check_positive("step_size", step_size)
+    check_positive("power", power)
+    check_between("target_acceptance", target_acceptance, 1e-6, 1.0)
+    check_identity(identity)
+    return jnp.linspace(0.0, 1.0, num_levels + 1) ** power
+
+
 def unit_step(prior: Proposal) -> Float[Array, ""]:
     """The unit of step sizes: the proposal's variance times d^(-1/3)."""
     return jnp.mean(prior.std**2) * prior.mean.size ** (-1 / 3)
@@ -234,18 +244,10 @@ def annealed_importance(
 
     Source: "Annealed importance sampling", arXiv physics/9803008.
     """
-    for name, value in (
-        ("num_samples", num_samples),
-        ("num_levels", num_levels),
-        ("steps_per_level", steps_per_level),
-    ):
-        check_count(name, value)
+    check_count("num_samples", num_samples)
+    check_count("steps_per_level", steps_per_level)
     check_count("num_pilots", num_pilots, least=0)
-    check_positive("step_size", step_size)
-    check_positive("power", power)
-    check_between("target_acceptance", target_acceptance, 1e-6, 1.0)
-    check_identity(identity)
-    betas = jnp.linspace(0.0, 1.0, num_levels + 1) ** power
+    betas = annealing_levels(num_levels, power, step_size, target_acceptance, identity)
     return _Annealed(
         as_reference(reference),
         betas,

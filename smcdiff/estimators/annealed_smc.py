@@ -22,15 +22,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from smcdiff.checks import check_between, check_count, check_positive
+from smcdiff.checks import check_between, check_count
 from smcdiff.density import HasLogDensity, logdensity_and_score, require
-from smcdiff.estimators.annealed import moves, unit_step
+from smcdiff.estimators.annealed import annealing_levels, moves, unit_step
 from smcdiff.estimators.estimator import (
     Estimate,
     Reference,
     ScoreEstimator,
     as_reference,
-    check_identity,
     proposal,
     summarise,
 )
@@ -219,16 +218,13 @@ def annealed_smc(
 
     Source: "Sequential Monte Carlo samplers", JRSS-B 68 (2006).
     """
-    for name, value in (("num_samples", num_samples), ("num_levels", num_levels), ("num_moves", num_moves)):
-        check_count(name, value)
-    check_positive("step_size", step_size)
-    check_positive("power", power)
-    check_between("target_acceptance", target_acceptance, 1e-6, 1.0)
+    check_count("num_samples", num_samples)
+    check_count("num_moves", num_moves)
     check_between("ess_threshold", ess_threshold, 0.0, 1.0)
-    check_identity(identity)
+    betas = annealing_levels(num_levels, power, step_size, target_acceptance, identity)
     return _AnnealedSMC(
         as_reference(reference),
-        jnp.linspace(0.0, 1.0, num_levels + 1) ** power,
+        betas,
         step_size,
         target_acceptance,
         ess_threshold,
