@@ -46,9 +46,9 @@ def expected_change(algorithm, observe, turn=-1.0):
     def propose(x, u):
         x, u = x[None], u[None]
         start = (x, u, *kernel.evaluate(x, lambda flat: flat))
-        end, path = _leapfrog(kernel, lambda flat: flat, start)
+        end, kinetic_rise, path = _leapfrog(kernel, lambda flat: flat, start)
         log_ratio = _log_ratio(kernel, lambda flat: flat, start, end, path)
-        gain = log_ratio + 0.5 * jnp.sum(u**2) - 0.5 * jnp.sum(end[1] ** 2)
+        gain = log_ratio - kinetic_rise
         return end[0][0], end[1][0], jnp.exp(jnp.minimum(gain, 0.0)), log_ratio
 
     new_x, new_u, rate, _ = (np.asarray(value) for value in jax.jit(jax.vmap(propose))(x, u))
@@ -171,9 +171,9 @@ def test_forward_and_backward_ratios_are_opposite(accept):
 
     def there_and_back(x, u):
         start = (x, u, *kernel.evaluate(x, lambda flat: flat))
-        end, path = _leapfrog(kernel, lambda flat: flat, start)
+        end, _, path = _leapfrog(kernel, lambda flat: flat, start)
         turned = (end[0], -end[1], *end[2:])
-        home, path_back = _leapfrog(kernel, lambda flat: flat, turned)
+        home, _, path_back = _leapfrog(kernel, lambda flat: flat, turned)
         ratios = (
             _log_ratio(kernel, lambda flat: flat, start, end, path),
             _log_ratio(kernel, lambda flat: flat, turned, home, path_back),
@@ -195,6 +195,39 @@ def test_line_integral_is_the_log_ratio_of_a_gradient():
         integral = jax.jit(lambda n: line_integral(model.score, a, b, n), static_argnums=0)
         errors = [abs(float(integral(n) - exact)) for n in (2, 4, 8, 16)]
     assert errors[0] > 10 * errors[2] and errors[2] > 10 * errors[3] and errors[3] < 1e-8
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("inverse_mass_matrix", [None, [0.5, 2.0], [[1.0, 0.4], [0.4, 0.5]]])
+def test_path_is_the_leapfrog_path_and_its_integral_the_trapezoidal_sum(num_steps, inverse_mass_matrix):
+    """Step by step, with half kicks, for a score that is no gradient, so that no potential can stand in for the sum."""
+
+    def score(x):
+        return -(x**3) + jnp.stack([-0.8 * x[1], 0.3 * x[0]]) + 0.5
+
+    with jax.enable_x64(True):
+        matrix = None if inverse_mass_matrix is None else jnp.asarray(inverse_mass_matrix)
+        algorithm = mcmc.hmc(
+            ScoreField(score), 0.3, num_steps, inverse_mass_matrix=matrix, accept="path_integral"
+        )
+        kernel = algorithm.step.args[0]
+        x, u = jnp.asarray([0.5, -0.9]), jnp.asarray([1.1, 0.4])
+        end, rise, integral = _leapfrog(kernel, lambda flat: flat, (x, u, None, score(x)))
+
+        covariance = (
+            np.eye(2) if matrix is None else np.diag(matrix) if matrix.ndim == 1 else np.asarray(matrix)
+        )
+        factor, momentum, total = np.linalg.cholesky(covariance), np.asarray(u), 0.0
+        for _ in range(num_steps):
+            middle = momentum + 0.15 * factor.T @ score(x)
+            new = x + 0.3 * factor @ middle
+            momentum = middle + 0.15 * factor.T @ score(new)
+            total += 0.5 * (score(x) + score(new)) @ (new - x)
+            x = new
+        np.testing.assert_allclose(end[0], x, rtol=1e-12)
+        np.testing.assert_allclose(end[1], momentum, rtol=1e-12)
+        np.testing.assert_allclose(rise, 0.5 * (momentum @ momentum - u @ u), rtol=1e-11)
+        np.testing.assert_allclose(integral, total, rtol=1e-11)
 
 
 def test_path_gap_tells_scores_that_are_no_gradients():

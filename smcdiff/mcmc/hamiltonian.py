@@ -11,11 +11,13 @@ rejection x stays and the momentum is turned round: if it is partly kept, the ta
 Where only the score is known, Delta is an integral of it, either along the straight line (Gauss-Legendre,
 `smcdiff.line_integral`), or along the leapfrog path by the trapezoidal rule, which costs nothing:
 
-    Delta = sum_k <s(x_k) + s(x_{k+1}), x_{k+1} - x_k> / 2.
+    Delta = sum_k <s(x_k) + s(x_{k+1}), x_{k+1} - x_k> / 2
+          = |u'|^2/2 - |u|^2/2 - e^2/8 (|L^T s(x')|^2 - |L^T s(x)|^2);
 
-Both turn their sign with the direction. The first is as good as exact for a few nodes; the second has an error of
-order e^2, and the law of the chain one of that order. What the two differ by, `path_gap`, also tells how far the score
-is from being a gradient.
+the sum telescopes, since L^-1 (x_{k+1} - x_k) = e (u_k + u_{k+1})/2 + e^2/4 L^T (s_k - s_{k+1}), and the momenta
+differ by e/2 L^T (s_k + s_{k+1}). Line and path integral turn their sign with the direction. The first is as good as
+exact for a few nodes; the second has an error of order e^2, and the law of the chain one of that order. What the two
+differ by, `path_gap`, also tells how far the score is from being a gradient.
 
 Sources: Neal, "MCMC using Hamiltonian dynamics", arXiv 1206.1901; Horowitz, "A generalized guided Monte Carlo
 algorithm", Phys. Lett. B 268 (1991); Sjoberg, Lindqvist and Schon, "MCMC-Correction of Score-Based Diffusion Models for
@@ -273,10 +275,10 @@ def _step(kernel, rng_key, state):
     if kernel.persistence is not None:
         u = kernel.persistence * state.momentum + jnp.sqrt(1.0 - kernel.persistence**2) * u
     start = (x, u, state.logdensity, ravel_pytree(state.score)[0])
-    end, path_integral = _leapfrog(kernel, unravel, start)
+    end, kinetic_rise, path_integral = _leapfrog(kernel, unravel, start)
 
     log_ratio = _log_ratio(kernel, unravel, start, end, path_integral)
-    kinetic, kinetic_rise = 0.5 * jnp.sum(u**2), _kinetic_rise(kernel, start, end)
+    kinetic = 0.5 * jnp.sum(u**2)
     gain = log_ratio - kinetic_rise
     gain = jnp.where(jnp.isnan(gain), -jnp.inf, gain)
     if kernel.accept == "never rejects":
@@ -302,36 +304,36 @@ def _step(kernel, rng_key, state):
 
 
 def _leapfrog(kernel, unravel, start):
-    """The end of the path, and the trapezoidal integral of the score along it."""
+    """The end of the path, the rise of the kinetic energy, and the trapezoidal integral of the score along it.
 
-    def one_step(carry, _):
-        (x, u, _, score), integral = carry
-        u = u + 0.5 * kernel.step_size * score_in_whitened(kernel.factor, score)
-        change = kernel.step_size * from_whitened(kernel.factor, u)
-        x = x + change
-        logdensity, new_score = kernel.evaluate(x, unravel)
-        u = u + 0.5 * kernel.step_size * score_in_whitened(kernel.factor, new_score)
-        return ((x, u, logdensity, new_score), integral + 0.5 * jnp.sum((score + new_score) * change)), None
+    Half kicks that meet are one, and neither the rise nor the integral is summed on the way: see the top.
+    """
+    (x, u, _, score), step_size = start, kernel.step_size
+    before = score_in_whitened(kernel.factor, score)
 
-    carry = (start, jnp.zeros((), start[0].dtype))
+    def drift_and_kick(carry, _):
+        x, u, _, _ = carry
+        x = x + step_size * from_whitened(kernel.factor, u)
+        logdensity, score = kernel.evaluate(x, unravel)
+        return (x, u + step_size * score_in_whitened(kernel.factor, score), logdensity, score), None
+
+    carry = (x, u + 0.5 * step_size * before, *start[2:])
     if kernel.num_integration_steps == 1:
-        return one_step(carry, None)[0]
-    return jax.lax.scan(one_step, carry, length=kernel.num_integration_steps)[0]
+        carry, _ = drift_and_kick(carry, None)
+    else:
+        carry, _ = jax.lax.scan(drift_and_kick, carry, length=kernel.num_integration_steps)
+    new_x, new_u, logdensity, new_score = carry
+    after = score_in_whitened(kernel.factor, new_score)
+    new_u = new_u - 0.5 * step_size * after
 
-
-def _kinetic_rise(kernel, start, end):
-    """|u'|^2/2 - |u|^2/2 of the path; of a single step without the momenta, which then need not be kept (MALA)."""
-    (x, u, _, score), (new_x, new_u, _, new_score) = start, end
-    if kernel.num_integration_steps > 1:
-        return 0.5 * jnp.sum(new_u**2) - 0.5 * jnp.sum(u**2)
-    # u' - u = e/2 L^T (s + s') and u + u' = 2/e L^-1 (x' - x) + e/2 L^T (s' - s).
-    change, square = new_x - x, 0.25 * jnp.asarray(kernel.step_size, x.dtype) ** 2
-    if kernel.factor is None:
-        return 0.5 * jnp.sum((score + new_score) * (change + square * (new_score - score)))
-    before, after = (score_in_whitened(kernel.factor, s) for s in (score, new_score))
-    return 0.5 * (
-        jnp.sum((score + new_score) * change) + square * jnp.sum((before + after) * (after - before))
-    )
+    squares = 0.125 * jnp.asarray(step_size, x.dtype) ** 2 * jnp.sum((after + before) * (after - before))
+    if kernel.num_integration_steps == 1:  # without the momenta, which then need not be kept (MALA)
+        integral = 0.5 * jnp.sum((score + new_score) * (new_x - x))
+        rise = integral + squares
+    else:
+        rise = 0.5 * jnp.sum(new_u**2) - 0.5 * jnp.sum(u**2)
+        integral = rise - squares
+    return (new_x, new_u, logdensity, new_score), rise, integral
 
 
 def _log_ratio(kernel, unravel, start, end, path_integral):
