@@ -326,14 +326,12 @@ def _leapfrog(kernel, unravel, start):
     after = score_in_whitened(kernel.factor, new_score)
     new_u = new_u - 0.5 * step_size * after
 
-    squares = 0.125 * jnp.asarray(step_size, x.dtype) ** 2 * jnp.sum((after + before) * (after - before))
+    squares = 0.125 * jnp.asarray(step_size, x.dtype) ** 2 * (after + before) * (after - before)
     if kernel.num_integration_steps == 1:  # without the momenta, which then need not be kept (MALA)
-        integral = 0.5 * jnp.sum((score + new_score) * (new_x - x))
-        rise = integral + squares
+        rise = jnp.sum(0.5 * (score + new_score) * (new_x - x) + squares)
     else:
         rise = 0.5 * jnp.sum(new_u**2) - 0.5 * jnp.sum(u**2)
-        integral = rise - squares
-    return (new_x, new_u, logdensity, new_score), rise, integral
+    return (new_x, new_u, logdensity, new_score), rise, rise - jnp.sum(squares)
 
 
 def _log_ratio(kernel, unravel, start, end, path_integral):
