@@ -11,7 +11,7 @@ from rows import quick
 from scipy.stats import norm, wasserstein_distance
 
 import smcdiff
-from benchmarks import annealing, digits, evidence, table
+from benchmarks import annealing, digits, evidence, table, unnormalised
 from benchmarks.__main__ import main, names
 from benchmarks.common import bar, format_table, joined, sliced_wasserstein, total_variation
 from smcdiff import guidance, schedules
@@ -19,7 +19,7 @@ from smcdiff import guidance, schedules
 # Third-party samplers and NumPy's double precision inside: strict promotion is the library's rule, not the benchmarks'.
 pytestmark = pytest.mark.lenient_promotion
 
-MINE = ("annealing", "digits", "evidence", "gmm25")
+MINE = ("annealing", "digits", "evidence", "gmm25", "unnormalised")
 FIELDS = {
     "benchmark",
     "title",
@@ -60,6 +60,16 @@ def test_benchmarks_are_found_and_unknown_names_are_refused(capsys):
     assert set(MINE) <= set(names())
     assert main(["no-such-benchmark"]) == 2
     assert "gmm25" in capsys.readouterr().err
+
+
+def test_in_many_dimensions_rivals_are_told_either_width_of_the_covering_gaussian():
+    problem = unnormalised.PROBLEMS["two modes, d = 64"]()
+    scales = {
+        s: [told.scale for told in unnormalised.coverings(problem, s)]
+        for s in ("rdsmc", "parallel tempering")
+    }
+    assert scales == {"rdsmc": [1.2], "parallel tempering": [1.2, pytest.approx(9.6)]}
+    assert len(unnormalised.coverings(unnormalised.PROBLEMS["rings"](), "parallel tempering")) == 1
 
 
 def test_a_part_that_is_measured_anew_replaces_its_own_records_only():

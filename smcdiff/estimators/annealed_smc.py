@@ -205,7 +205,8 @@ def annealed_smc(
     power
         Positive; above 1 the levels lie closer near the proposal.
     reference, identity
-        As in `smcdiff.estimators.importance`.
+        As in `smcdiff.estimators.importance`. Where modes may part along one direction, the reference must cover them
+        there: sqrt(d) times the scale of a coordinate does.
 
     Returns
     -------
