@@ -4,9 +4,9 @@ Targets (`smcdiff.targets`): 40 modes in 2 and in 50 dimensions, rings, Neal's f
 weights 2/3 and 1/3 in 8 and 64 dimensions, a skewed mixture in 5. All samplers know the same of a target: a Gaussian
 N(0, scale^2 I) that covers it, and the width of its narrowest feature. Where the dimension d is more than two, all but
 rdmc are run with the scale of a coordinate and with sqrt(d) times it, that of the norm, and the better counts; rdmc
-uses both. An evaluation is one of the log density, with
-its gradient where that is used; they are counted, but for the warm-up of NUTS, whose trajectories are taken to be as
-long as those after it, and every sampler gets 4096 for each of 1024 samples, warm-up and pilots included.
+uses both. An evaluation is one of the log density, with its gradient where that is used; they are counted, but for the
+warm-up of NUTS, whose trajectories are taken to be as long as those after it, and every sampler gets 4096 for each of
+1024 samples, warm-up and pilots included.
 
 Samplers: `rdmc` (the mean of the denoising posterior; importance sampling in few dimensions, annealed SMC in many),
 `rdmc, draws`, `rdsmc` (the same with weights; where they are annealed, without resampling), `slips` (persistent
@@ -111,7 +111,7 @@ def coverings(problem, sampler) -> list[Problem]:
 def compare(name, key, found, floor) -> list[dict]:
     """Our best against the better of parallel tempering and tempered SMC, and rdmc where modes differ."""
     ours = [found[s] for s in OURS if s in found and np.isfinite(found[s])]
-    rivals = [found[s] for s in ("parallel tempering", "tempered SMC") if s in found]
+    rivals = [found[s] for s in ("parallel tempering", "tempered SMC") if np.isfinite(found.get(s, math.inf))]
     bars = []
     if ours and rivals:
         bars.append(bar(f"{name}: {key}, best of ours", min(ours), min(rivals) + floor))
