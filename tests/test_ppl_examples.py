@@ -119,8 +119,9 @@ def start_of(target):
 
 
 def by_hmc(name, target):
-    found = window_adaptation(jax.random.key(2), target, hmc, start_of(target), 300, num_integration_steps=6)
-    algorithm = hmc(target, **found.settings, num_integration_steps=6)
+    """Three steps of .5 to .8 are near a quarter of a period; near half of one, squares would hardly mix."""
+    found = window_adaptation(jax.random.key(2), target, hmc, start_of(target), 300, num_integration_steps=3)
+    algorithm = hmc(target, **found.settings, num_integration_steps=3)
     return smcdiff.run(
         jax.random.key(3), algorithm, 500, position=found.positions, num_chains=CHAINS, progress=False
     ).samples
