@@ -1,6 +1,6 @@
 """Joint posteriors of a diffusion prior and unknown parameters, in NumPyro models, by `smcdiff.infer`.
 
-Three parts:
+Four parts:
 
 * nuts: a mixture prior in two dimensions, unknown gain and noise, three measurements. NumPyro's NUTS samples the same
   model with the prior's exact density; posterior means and deviations are compared, in Monte Carlo standard errors of
@@ -11,9 +11,11 @@ Three parts:
   sampler.
 * digits: images drawn from a pretrained prior, blurred by a Gaussian of unknown width and with unknown noise, both
   drawn from their priors: how often the central 90 % intervals cover the true width, noise and pixels.
+* mnist: the same of images of 28x28 pixels, by NUTS on the non-centred model (`smcdiff.ppl.noncenter`), where particle
+  Gibbs does not come to an end.
 
 Bars: errors of means and deviations within 3 standard errors and R-hat <= 1.01; p-values >= .0025; coverage of pixels
-within 3 standard errors of .9.
+within 3 standard errors of .9; R-hat of width and noise on mnist <= 1.1.
 
 Command: ``python -m benchmarks joint``; ``--parts digits --keep`` measures one of them anew.
 """
@@ -36,10 +38,10 @@ from scipy import stats
 import smcdiff
 from benchmarks.common import bar, format_table
 from smcdiff import analytic, inverse, schedules
-from smcdiff.ppl import ParticleGibbs, gibbs_sweep
+from smcdiff.ppl import ParticleGibbs, gibbs_sweep, noncenter
 
 KEYS = ("part",)
-PARTS = ("nuts", "sbc", "digits")
+PARTS = ("nuts", "sbc", "digits", "mnist")
 MATRIX = jnp.array([[1.0, 0.5], [0.2, 1.0], [0.7, -0.4]])
 Y = jnp.array([0.3, -0.6, 0.9])
 
@@ -54,12 +56,15 @@ def add_arguments(parser):
         "--sweeps", type=int, default=600, help="of a data set, of which the first sixth is dropped"
     )
     parser.add_argument("--batch-size", type=int, default=10, help="data sets that one core does together")
-    parser.add_argument("--model", default="digits", help="pretrained prior of the images")
-    parser.add_argument("--digits", type=int, default=12, help="images")
+    parser.add_argument("--digits", type=int, default=12, help="images of 8x8 pixels")
     parser.add_argument(
         "--digit-sweeps", type=int, default=240, help="of a chain, of which the first third is dropped"
     )
-    parser.add_argument("--digit-steps", type=int, default=40)
+    parser.add_argument("--digit-steps", type=int, default=40, help="reverse steps of an image")
+    parser.add_argument("--mnist", type=int, default=2, help="images of 28x28 pixels")
+    parser.add_argument(
+        "--mnist-sweeps", type=int, default=240, help="of a chain, of which the first third is dropped"
+    )
 
 
 def run(args) -> dict:
@@ -67,10 +72,11 @@ def run(args) -> dict:
     if args.quick:
         args.samples, args.data_sets, args.sweeps, args.digits = 20, 10, 24, 1
         args.digit_sweeps, args.digit_steps, args.steps, args.particles = 3, 3, 6, 2
+        args.mnist, args.mnist_sweeps = 1, 3
     rows, summary, bars = [], [], []
     for part in args.parts:
         start = time.perf_counter()
-        found = {"nuts": against_nuts, "sbc": calibration, "digits": digits}[part](args)
+        found = {"nuts": against_nuts, "sbc": calibration, "digits": digits, "mnist": mnist}[part](args)
         rows += [{"part": part} | row for row in found[0]]
         summary += [{"part": part} | row | {"seconds": time.perf_counter() - start} for row in found[1]]
         bars += found[2]
@@ -240,51 +246,74 @@ def blurred(prior, y=None):
 
 def digits(args):
     """Coverage of 90 % intervals, with image, width and noise drawn from their priors."""
+    rows, summary = _images(args, "digits", args.digits)
+    return rows, [summary], [_coverage(summary, "digits")]
+
+
+def mnist(args):
+    """The same of larger images, and whether two chains agree."""
+    rows, summary = _images(args, "mnist", args.mnist)
+    bars = [
+        bar(f"R-hat of the {name}, mnist image {row['seed']}", row[f"{name} R-hat"], 1.1)
+        for row in rows
+        for name in ("width", "noise")
+    ]
+    return rows, [summary], [*bars, _coverage(summary, "mnist")]
+
+
+def _images(args, part, num_images):
     # Processes, as NumPyro's handlers are not made for threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(functools.partial(one_digit, args), range(args.digits)))
+        rows = list(pool.map(functools.partial(one_image, args, part), range(num_images)))
     pixels = np.array([row["pixels covered"] for row in rows])
-    error = pixels.std(ddof=1) / np.sqrt(len(pixels)) if len(pixels) > 1 else float("nan")
-    summary = {
+    return rows, {
         "images": len(rows),
         "pixels": pixels.mean(),
-        "se": error,
+        "se": pixels.std(ddof=1) / np.sqrt(len(pixels)) if len(pixels) > 1 else float("nan"),
         **{name: np.mean([row[f"{name} covered"] for row in rows]) for name in ("width", "noise")},
         "rms error": np.mean([row["rms error"] for row in rows]),
         "rms error of y": np.mean([row["rms error of y"] for row in rows]),
     }
-    bars = [bar("|coverage of pixels - .9|, digits", abs(pixels.mean() - 0.9), 3 * error)]
-    return rows, [summary], bars
 
 
-def one_digit(args, seed) -> dict:
+def _coverage(summary, name):
+    return bar(f"|coverage of pixels - .9|, {name}", abs(summary["pixels"] - 0.9), 3 * summary["se"])
+
+
+def one_image(args, part, seed) -> dict:
     """Two chains on one measurement."""
-    model = smcdiff.load(args.model)
-    kernels = {
-        "x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=args.digit_steps)
-    }
+    model, steps = smcdiff.load(part), args.digit_steps
+    if part == "digits":
+        order, sweeps, sampled = 2, args.digit_sweeps, blurred
+        kernels = {"x": functools.partial(ParticleGibbs, num_particles=args.particles, num_steps=steps)}
+    else:
+        order, sweeps, sampled = 1, args.mnist_sweeps, noncenter(blurred, num_steps=steps, order=1)
+        # Seven steps of some .2 are a quarter of the noise's period.
+        kernels = {("width", "noise", "x_noise"): functools.partial(NUTS, max_tree_depth=3)}
     keys = jax.random.split(jax.random.fold_in(jax.random.key(4), seed), 5)
-    # The law of the same chain that the kernel conditions, so that the intervals should cover at their rate.
-    image = np.asarray(smcdiff.DiffusionPrior(model, num_steps=args.digit_steps).sample(keys[4]))
+    # The law of the same chain that is conditioned, so that the intervals should cover at their rate.
+    times = smcdiff.log_snr_times(model.schedule, steps)
+    image = np.asarray(smcdiff.reverse_sample(keys[4], model, times, 1, order=order)[0])
     width, noise = (
         float(jnp.exp(mean + std * jax.random.normal(key)))
         for key, (mean, std) in zip(keys, (WIDTH, NOISE), strict=False)
     )
     blur = inverse.gaussian_blur(model.event_shape, width, size=7)
     y = blur(jnp.asarray(image)) + noise * jax.random.normal(keys[2], model.event_shape)
-    warm = args.digit_sweeps // 3
+    warm = sweeps // 3
     trace = smcdiff.infer(
         keys[3],
-        blurred,
+        sampled,
         model,
         y,
         kernels=kernels,
         num_warmup=warm,
-        num_samples=args.digit_sweeps - warm,
+        num_samples=sweeps - warm,
         num_chains=2,
         progress=False,
     )
-    low, high = (np.quantile(trace.samples["x"], q, axis=(0, 1)) for q in (0.05, 0.95))
+    x = trace.samples["x"]
+    low, high = (np.quantile(x, q, axis=(0, 1)) for q in (0.05, 0.95))
     row = {"seed": seed, "width": width, "noise": noise}
     for name, truth in (("width", width), ("noise", noise)):
         values = trace.samples[name]
@@ -295,9 +324,10 @@ def one_digit(args, seed) -> dict:
         }
     row |= {
         "pixels covered": float(((image >= low) & (image <= high)).mean()),
-        "rms error": float(np.sqrt(np.mean((trace.samples["x"].mean((0, 1)) - image) ** 2))),
+        "median R-hat of pixels": float(np.median(smcdiff.diagnostics.rhat(x))) if x.shape[1] > 3 else None,
+        "rms error": float(np.sqrt(np.mean((x.mean((0, 1)) - image) ** 2))),
         "rms error of y": float(np.sqrt(np.mean((np.asarray(y) - image) ** 2))),
-        "path renewed": float(trace.info["x.acceptance_rate"].mean()),
+        "accepted": float(trace.info["acceptance_rate"].mean()),
     }
     print(format_table([row]), flush=True)
     return row

@@ -42,6 +42,9 @@ SIZES = {
         "num_warmup=100,": "num_warmup=10,",
         "num_samples=200,": "num_samples=20,",
         "num_chains=4,\n    progress": "num_chains=2,\n    progress",
+        "num_particles=8, num_steps=40)": "num_particles=4, num_steps=8, twist=smcdiff.guidance.pigdm)",
+        "num_steps=20)": "num_steps=8, twist=smcdiff.guidance.pigdm)",
+        "num_samples=100,": "num_samples=20,",
     },
     "scale.md": {"model.schedule, 20))": "model.schedule, 20), twist=smcdiff.guidance.pigdm)"},
 }

@@ -33,6 +33,7 @@ from smcdiff.ppl import (
     infer,
     infer_smc,
     local_twist,
+    noncenter,
 )
 from smcdiff.ppl.call import model_call
 from smcdiff.smc import particle_gibbs
@@ -293,21 +294,19 @@ def _linear_integrals(order=2):
     gain, noise = (
         grid.ravel() for grid in np.meshgrid(np.linspace(-0.8, 2.8, 121), np.linspace(-2.7, 1.7, 121))
     )
-    rows, log_weights = [], []
-    for g, s in zip(gain, noise, strict=True):
-        spread = g**2 * A @ covariance @ A.T + np.exp(2 * s) * np.eye(2)
-        k = np.linalg.solve(spread, g * A @ covariance).T
-        x = mean + k @ (Y - g * A @ mean)
-        variance = covariance - k @ (g * A) @ covariance
-        rows.append([g, g**2, s, x[0], x[1] ** 2 + variance[1, 1]])
-        log_weights.append(
-            stats.multivariate_normal(g * A @ mean, spread).logpdf(Y)
-            + stats.norm(1, 0.3).logpdf(g)
-            + stats.norm(-0.5, 0.4).logpdf(s)
-        )
-    weights = np.exp(np.array(log_weights) - max(log_weights))
+    matrices = gain[:, None, None] * A.astype(float)
+    spread = matrices @ covariance @ matrices.mT + np.exp(2 * noise)[:, None, None] * np.eye(2)
+    k = np.linalg.solve(spread, matrices @ covariance).mT
+    residual = Y - matrices @ mean
+    x = mean + np.einsum("nij,nj->ni", k, residual)
+    variance = (covariance - k @ matrices @ covariance)[:, 1, 1]
+    rows = np.stack([gain, gain**2, noise, x[:, 0], x[:, 1] ** 2 + variance], -1)
+    solved = np.linalg.solve(spread, residual[..., None])[..., 0]
+    log_weights = -0.5 * np.sum(residual * solved, 1) - 0.5 * np.linalg.slogdet(2 * np.pi * spread)[1]
+    log_weights += stats.norm(1, 0.3).logpdf(gain) + stats.norm(-0.5, 0.4).logpdf(noise)
+    weights = np.exp(log_weights - log_weights.max())
     cell = 3.6 / 120 * 4.4 / 120
-    return weights @ np.array(rows) / weights.sum(), max(log_weights) + np.log(weights.sum() * cell)
+    return weights @ rows / weights.sum(), log_weights.max() + np.log(weights.sum() * cell)
 
 
 def _counts_features(s):
@@ -315,9 +314,11 @@ def _counts_features(s):
     return np.stack([s["shift"], s["shift"] ** 2, x, x**2, x > 0], -1).astype(float)
 
 
-def _counts_exact():
+def _counts_exact(order=2):
     """By quadrature over x and the shift."""
-    mean, covariance = chain_law(gaussian_1d(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+    mean, covariance = chain_law(
+        gaussian_1d(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)), order
+    )
     x, b = (g.ravel() for g in np.meshgrid(np.linspace(-3.5, 4.5, 801), np.linspace(-3, 3, 401)))
     log_weights = stats.norm(mean[0], np.sqrt(covariance[0, 0])).logpdf(x) + stats.norm(0, 0.5).logpdf(b)
     log_weights += stats.norm(x**2 + b, 0.8).logpdf(COUNTS[1])
@@ -344,11 +345,11 @@ def _moved_features(s):
     return np.stack([s["label"], s["label"] ** 2, s["x"][..., 0], s["x"][..., 1] ** 2], -1)
 
 
-def _moved_exact():
+def _moved_exact(order=2):
     """The chain's mean is affine in the label, so that all is Gaussian."""
     times = np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS))
-    start, covariance = chain_law(gaussian(), times)
-    slope = chain_law(_shift(gaussian(), 1.0), times)[0] - start
+    start, covariance = chain_law(gaussian(), times, order)
+    slope = chain_law(_shift(gaussian(), 1.0), times, order)[0] - start
     # Of (label, x), and then given y = x + noise.
     lift = np.concatenate([[1.0], slope])
     mean = np.concatenate([[0.0], start]) + 0.5 * lift
@@ -374,8 +375,10 @@ def _copies_features(s):
     return np.concatenate([x, x**2], -1)
 
 
-def _copies_exact():
-    mean, covariance = chain_law(gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+def _copies_exact(order=2):
+    mean, covariance = chain_law(
+        gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)), order
+    )
     gain = covariance @ np.linalg.inv(covariance + 0.36 * np.eye(2))
     means = mean + (TWO - mean) @ gain.T
     variances = np.diag(covariance - gain @ covariance)
@@ -383,6 +386,11 @@ def _copies_exact():
 
 
 few = functools.partial(ParticleGibbs, num_particles=3, num_steps=STEPS, twist=guidance.moment_matching())
+marginal = functools.partial(
+    ParticleMarginal, num_particles=4, num_steps=STEPS, twist=guidance.moment_matching()
+)
+short = functools.partial(NUTS, max_tree_depth=4)
+noncentered = functools.partial(noncenter, num_steps=STEPS, twist=guidance.moment_matching())
 CASES = {
     "linear": Case(linear, (gaussian(), A, Y), {"x": few}, _linear_features, _linear_exact),
     "linear, backward": Case(
@@ -393,26 +401,31 @@ CASES = {
         functools.partial(_linear_exact, 1),
     ),
     "linear, marginal": Case(
-        linear,
-        (gaussian(), A, Y),
-        {
-            ("gain", "noise", "x"): functools.partial(
-                ParticleMarginal, num_particles=4, num_steps=STEPS, twist=guidance.moment_matching()
-            )
-        },
-        _linear_features,
-        _linear_exact,
+        linear, (gaussian(), A, Y), {("gain", "noise", "x"): marginal}, _linear_features, _linear_exact
     ),
     "moved, marginal": Case(
-        moved,
+        moved, (gaussian(), Y), {("label", "x"): marginal}, _moved_features, _moved_exact
+    ),
+    "moved, noncentred": Case(
+        noncentered(moved),
         (gaussian(), Y),
-        {
-            ("label", "x"): functools.partial(
-                ParticleMarginal, num_particles=4, num_steps=STEPS, twist=guidance.moment_matching()
-            )
-        },
+        {("label", "x_noise"): short},
         _moved_features,
-        _moved_exact,
+        functools.partial(_moved_exact, 1),
+    ),
+    "copies, noncentred": Case(
+        noncentered(copies),
+        (gaussian(), TWO),
+        {"x_noise": short},
+        _copies_features,
+        functools.partial(_copies_exact, 1),
+    ),
+    "counts, noncentred": Case(
+        noncentered(counts),
+        (gaussian_1d(), *COUNTS),
+        {("shift", "x_noise"): short},
+        _counts_features,
+        functools.partial(_counts_exact, 1),
     ),
     "copies": Case(copies, (gaussian(), TWO), {"x": few}, _copies_features, _copies_exact),
     "counts": Case(counts, (gaussian_1d(), *COUNTS), {"x": few}, _counts_features, _counts_exact),
@@ -611,7 +624,9 @@ def test_particle_gibbs_runs_in_numpyros_mcmc():
     mcmc.run(jax.random.key(3), gaussian(), Y)
     samples = mcmc.get_samples()
     np.testing.assert_allclose(samples["double"], 2 * samples["x"], rtol=1e-6)
-    mean, covariance = chain_law(gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)))
+    mean, covariance = chain_law(
+        gaussian(), np.asarray(smcdiff.log_snr_times(schedules.cosine(), STEPS)), order
+    )
     gain = covariance @ np.linalg.inv(covariance + 0.25 * np.eye(2))
     std = np.sqrt(np.diag(covariance - gain @ covariance))
     # Four steps forget the last one by far: 400 steps are worth 60 draws at least.

@@ -74,10 +74,27 @@ def _gaussian_twist(problem, denoised, residual, basis, columns, rest):
     return TwistValue(denoised, jnp.tensordot(solved, columns, axes=1), log_psi)
 
 
+@jax.custom_jvp
 def positive_part(matrix):
-    """Nearest positive semi-definite symmetric matrix: a network's Jacobian is neither."""
+    """Nearest positive semi-definite symmetric matrix: a network's Jacobian is neither.
+
+    Its derivative is that of the whole (Daleckii and Krein), which exists where eigenvalues are equal, and their own do
+    not.
+    """
     values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
     return (vectors * jnp.maximum(values, 0.0)[None]) @ vectors.T
+
+
+@positive_part.defjvp
+def _positive_part_jvp(primals, tangents):
+    (matrix,), (tangent,) = primals, tangents
+    values, vectors = jnp.linalg.eigh(0.5 * (matrix + matrix.T))
+    kept, size = jnp.maximum(values, 0.0), jnp.abs(values)
+    # (f(a) - f(b)) / (a - b) of f(a) = max(a, 0), written without the difference.
+    total = size[:, None] + size[None]
+    slopes = jnp.where(total > 0, (kept[:, None] + kept[None]) / jnp.where(total > 0, total, 1.0), 0.5)
+    inner = vectors.T @ (0.5 * (tangent + tangent.T)) @ vectors
+    return (vectors * kept[None]) @ vectors.T, vectors @ (slopes * inner) @ vectors.T
 
 
 def _krylov(problem, covariance, residual, rank):

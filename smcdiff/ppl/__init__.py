@@ -5,6 +5,7 @@ from smcdiff.ppl.infer import gibbs_sweep, infer
 from smcdiff.ppl.infer_smc import infer_smc
 from smcdiff.ppl.kernel import as_numpyro_kernel
 from smcdiff.ppl.marginal import MarginalModel, marginalize
+from smcdiff.ppl.noncentered import NoncenteredModel, noncenter
 from smcdiff.ppl.particle_gibbs import ParticleGibbs
 from smcdiff.ppl.particle_marginal import ParticleMarginal
 from smcdiff.ppl.proposal import LearnedProposal, learn_proposal
@@ -16,6 +17,7 @@ __all__ = [
     "DiffusionPrior",
     "LearnedProposal",
     "MarginalModel",
+    "NoncenteredModel",
     "NumPyroTarget",
     "ParticleGibbs",
     "ParticleMarginal",
@@ -28,5 +30,6 @@ __all__ = [
     "learn_proposal",
     "local_twist",
     "marginalize",
+    "noncenter",
     "target_from_numpyro",
 ]

@@ -67,10 +67,11 @@ class SiteLikelihood(eqx.Module):
     left_out: tuple[str, ...] = eqx.field(default=(), static=True)
 
     def trace(self, x: Float[Array, "*event"]) -> dict[str, Any]:
-        """NumPyro's trace of the model at ``x``."""
+        """NumPyro's trace of the model at ``x``, of which handlers outside learn nothing."""
         model, args, kwargs = self.call.unpack()
         filled = handlers.substitute(handlers.condition(model, data=self.given), data={self.site: x})
-        return handlers.trace(handlers.seed(filled, jax.random.key(0))).get_trace(*args, **kwargs)
+        with handlers.block():
+            return handlers.trace(handlers.seed(filled, jax.random.key(0))).get_trace(*args, **kwargs)
 
     def log_likelihood(self, x: Float[Array, "*event"]) -> Float[Array, ""]:
         """log L(x), with the factors that do not depend on x and all constants."""

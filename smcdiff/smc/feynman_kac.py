@@ -35,7 +35,23 @@ from smcdiff.smc.weights import (
     uniform_log_weights,
 )
 
-__all__ = ["FeynmanKac", "Move", "SMCInfo", "SMCState", "repeat", "smc"]
+__all__ = ["FeynmanKac", "Innovations", "Move", "SMCInfo", "SMCState", "repeat", "smc"]
+
+
+class Innovations(eqx.Module):
+    """A whole path of a Feynman-Kac model as a function of standard normal noise.
+
+    Parameters
+    ----------
+    drive
+        ``drive(noise) -> (particle, log_weight)``: the last particle of the path that ``noise`` drives, with all its
+        increments in one weight; under N(0, I) it has the law of ``init`` and all moves of ``step``.
+    shape
+        Shape of the noise.
+    """
+
+    drive: Callable
+    shape: tuple[int, ...] = eqx.field(static=True)
 
 
 class FeynmanKac(eqx.Module):
@@ -57,6 +73,8 @@ class FeynmanKac(eqx.Module):
         ``retrace(x) -> (particles, log_weight_increments)`` of a whole path of bare samples, or None: the particles as
         this model carries them, and its weights, each with the leading axis num_steps + 1. A trajectory of one model
         becomes that of another with the same moves, as Gibbs sampling needs whose likelihood has changed.
+    innovations
+        The path as a function of its noise, or None; `smcdiff.ppl.noncenter` samples the noise.
 
     Make ``init`` and ``step`` `jax.tree_util.Partial`s of module-level functions, so that what they hold (weights,
     measurements, times) are leaves of the model and a compiled program can be used again.
@@ -67,6 +85,7 @@ class FeynmanKac(eqx.Module):
     num_steps: int = eqx.field(static=True)
     log_transition: Callable | None = None
     retrace: Callable | None = None
+    innovations: Innovations | None = None
 
 
 class SMCState(NamedTuple):

@@ -29,7 +29,7 @@ from smcdiff.density import DiffusionModel
 from smcdiff.guidance import Twist, TwistValue, default_twist
 from smcdiff.inverse import InverseProblem
 from smcdiff.reverse import reverse_transition
-from smcdiff.smc.feynman_kac import FeynmanKac
+from smcdiff.smc.feynman_kac import FeynmanKac, Innovations
 from smcdiff.smc.prior_chain import PriorChain, prior_chain
 
 __all__ = ["TwistedParticle", "tds"]
@@ -116,21 +116,43 @@ def tds(
         chain.num_steps,
         log_transition,
         Partial(_retrace, twisted),
+        Innovations(Partial(_drive, twisted), (chain.num_steps, *model.event_shape)),
     )
 
 
 def _init(twisted, rng_key):
     """Draw x_1 ~ N(0, sigma_1^2 I), weighed by the twist."""
-    x = twisted.chain.start(rng_key)
+    return _begin(twisted, twisted.chain.start(rng_key))
+
+
+def _begin(twisted, x):
     value = twisted.look_ahead(x, twisted.chain.times[0])
     return TwistedParticle(x, value, _remember(twisted, value)), value.log_twist
 
 
 def _step(twisted, rng_key, particle, k):
     """Move from times[k] to times[k + 1] under the steered chain, and weigh."""
+    return _push(twisted, jax.random.normal(rng_key, particle.x.shape, particle.x.dtype), particle, k)
+
+
+def _push(twisted, noise, particle, k):
     mean, guided, std = _moves(twisted, particle, k)
-    noise = jax.random.normal(rng_key, mean.shape, mean.dtype)
     return _arrive(twisted, particle, guided + std * noise, noise, mean, guided, std, k)
+
+
+def _drive(twisted, noise):
+    """Last particle and weight of the chain that is driven by ``noise`` (num_steps, *event): its last step has none."""
+
+    def follow(carry, inputs):
+        particle, log_weight = carry
+        particle, increment = _push(twisted, inputs[0], particle, inputs[1])
+        return (particle, log_weight + increment), None
+
+    chain = twisted.chain
+    first = _begin(twisted, chain.model.schedule.sigma(chain.times[0]) * noise[0])
+    rest = jnp.concatenate([noise[1:], jnp.zeros_like(noise[:1])])
+    # A gradient keeps the particles of the path, and not what the network computes at each.
+    return jax.lax.scan(jax.checkpoint(follow), first, (rest, jnp.arange(chain.num_steps)))[0]
 
 
 def _retrace(twisted, path):
@@ -143,10 +165,9 @@ def _retrace(twisted, path):
         particle, increment = _arrive(twisted, particle, x, noise, mean, guided, std, k)
         return particle, (particle, increment)
 
-    value = twisted.look_ahead(path[0], twisted.chain.times[0])
-    first = TwistedParticle(path[0], value, _remember(twisted, value))
-    _, rest = jax.lax.scan(follow, first, (path[1:], jnp.arange(twisted.chain.num_steps)))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), (first, value.log_twist), rest)
+    first = _begin(twisted, path[0])
+    _, rest = jax.lax.scan(follow, first[0], (path[1:], jnp.arange(twisted.chain.num_steps)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
 def _moves(twisted, particle, k):
