@@ -5,7 +5,7 @@ from smcdiff.ppl.infer import gibbs_sweep, infer
 from smcdiff.ppl.infer_smc import infer_smc
 from smcdiff.ppl.kernel import as_numpyro_kernel
 from smcdiff.ppl.marginal import MarginalModel, marginalize
-from smcdiff.ppl.noncentered import NoncenteredModel, noncenter
+from smcdiff.ppl.noncentered import NoncenteredModel, noise_slice, noncenter
 from smcdiff.ppl.particle_gibbs import ParticleGibbs
 from smcdiff.ppl.particle_marginal import ParticleMarginal
 from smcdiff.ppl.proposal import LearnedProposal, learn_proposal
@@ -30,6 +30,7 @@ __all__ = [
     "learn_proposal",
     "local_twist",
     "marginalize",
+    "noise_slice",
     "noncenter",
     "target_from_numpyro",
 ]

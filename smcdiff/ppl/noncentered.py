@@ -6,10 +6,12 @@ in x(z, theta), and has a weight w(z, theta), so that under the law
 
     p(theta) N(z; 0, I) w(z, theta)
 
-theta and x(z, theta) have their joint posterior, exactly, however good the guidance. All of it has a gradient, so NUTS
-can sample the noise and the parameters together; the sample then changes WITH the parameters, as the data ask. Gibbs
-sampling, which holds the one while it moves the other, stands still where a sample tells the parameters better than
-the data do, as an image of many pixels tells its blur and its noise.
+theta and x(z, theta) have their joint posterior, exactly, however good the guidance. Where theta moves while z stays,
+the sample changes WITH the parameters, as the data ask. Gibbs sampling of theta and x stands still where a sample tells
+the parameters better than the data do, as an image of many pixels tells its blur and its noise.
+
+All of it has a gradient, for NUTS; or blocks take turns, the parameters with any kernel and the noise with
+`noise_slice`, at a handful of paths each.
 
 Sources: Papaspiliopoulos, Roberts and Skold, "A general framework for the parametrization of hierarchical models",
 Statistical Science 22 (2007), arXiv 0708.3797; Golightly and Wilkinson, "Bayesian inference for nonlinear multivariate
@@ -22,6 +24,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import blackjax
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -33,9 +36,10 @@ from numpyro.primitives import Messenger
 from smcdiff.checks import check_count
 from smcdiff.guidance import Twist
 from smcdiff.ppl.call import model_call
+from smcdiff.ppl.kernel import AlgorithmKernel, as_numpyro_kernel
 from smcdiff.ppl.sites import SiteLikelihood, diffusion_chain, prior_of
 
-__all__ = ["NoncenteredModel", "noncenter"]
+__all__ = ["NoncenteredModel", "noise_slice", "noncenter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,31 @@ def noncenter(
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (ancestral) or 2, got {order!r}.")
     return NoncenteredModel(model, num_steps, twist, order)
+
+
+def noise_slice(model: Callable) -> AlgorithmKernel:
+    """NumPyro kernel for the noise of a non-centred model: BlackJAX's elliptical slice sampler.
+
+    A block of `smcdiff.infer`, as in ``kernels={"x_noise": noise_slice}``. It has no setting and needs no gradient; a
+    step takes some six paths.
+
+    Parameters
+    ----------
+    model
+        A model whose latent sites, in this block, have standard normal priors.
+
+    Source: Murray, Adams and MacKay, "Elliptical slice sampling", arXiv 1001.0175.
+    """
+    return as_numpyro_kernel(model, _elliptical_slice)
+
+
+def _elliptical_slice(target):
+    def log_weight(z):
+        value = target.logdensity(z) + 0.5 * jnp.sum(z**2)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)  # which the sampler would accept
+
+    zero = jnp.zeros(target.event_shape)
+    return blackjax.elliptical_slice(log_weight, mean=zero, cov=jnp.ones_like(zero))
 
 
 def _kinds(trace):
