@@ -65,7 +65,7 @@ def add_arguments(parser):
     parser.add_argument("--digit-steps", type=int, default=40, help="reverse steps of an image")
     parser.add_argument("--mnist", type=int, default=2, help="images of 28x28 pixels")
     parser.add_argument(
-        "--mnist-sweeps", type=int, default=240, help="of a chain, of which the first third is dropped"
+        "--mnist-sweeps", type=int, default=300, help="of a chain, of which the first third is dropped"
     )
 
 

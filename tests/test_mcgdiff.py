@@ -215,8 +215,8 @@ def test_guidance_beats_importance_sampling():
 
 @pytest.mark.slow
 def test_forecast_knows_the_modes():
-    """Modes far apart, which x_t / alpha does not tell from the middle between them: the median error was .33 with it
-    in the place of the network's answer, and is .06, over 20 problems of the benchmark."""
+    """Modes far apart, which a multiple of x_t does not tell from the middle between them: the median error was .36
+    with it in the place of the network's answer, and is .06, over 20 problems of the benchmark."""
     schedule = schedules.cosine(-9.0)
     grid = smcdiff.log_snr_times(schedule, 100, log_snr_min=-6.0, log_snr_max=5.0)
     errors = []

@@ -88,7 +88,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_gradient_is_that_of_the_density(name):
-    """Along one direction through all latent values, by central differences whose error is a third of the bar."""
+    """Along one direction through all latent values, by central differences in single precision."""
     model, args, parameters, shape = PROBLEMS[name]
     model = noncenter(model, num_steps=4, twist=guidance.moment_matching())
     keys = jax.random.split(jax.random.key(1))

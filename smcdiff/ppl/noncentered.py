@@ -47,8 +47,8 @@ class NoncenteredModel:
     """A NumPyro model whose diffusion site follows from noise; build it with `noncenter`.
 
     It takes the arguments of the model. Its latent sites are those of the model, but for the diffusion's site "x",
-    which becomes deterministic, and the noise "x_noise" in its place. As a density it has the posterior of the model;
-    draws of it without data are not draws from the prior.
+    which becomes deterministic, and the noise "x_noise" (num_steps, *shape of x) in its place. As a density it has the
+    posterior of the model; draws of it without data are not draws from the prior.
 
     Attributes
     ----------
@@ -134,6 +134,11 @@ def noise_slice(model: Callable) -> AlgorithmKernel:
     ----------
     model
         A model whose latent sites, in this block, have standard normal priors.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When it starts, as `target_from_numpyro` does.
 
     Source: Murray, Adams and MacKay, "Elliptical slice sampling", arXiv 1001.0175.
     """

@@ -11,7 +11,7 @@ from smcdiff.smc.conditional import (
     particle_gibbs,
 )
 from smcdiff.smc.drift import fit_drift
-from smcdiff.smc.feynman_kac import FeynmanKac, Move, SMCInfo, SMCState, smc
+from smcdiff.smc.feynman_kac import FeynmanKac, Innovations, Move, SMCInfo, SMCState, smc
 from smcdiff.smc.fkc import fkc
 from smcdiff.smc.marginal_mh import MarginalMHInfo, MarginalMHState, particle_marginal_mh
 from smcdiff.smc.mcgdiff import mcgdiff
@@ -37,6 +37,7 @@ __all__ = [
     "ChainParticle",
     "DecodedParticle",
     "FeynmanKac",
+    "Innovations",
     "MarginalMHInfo",
     "MarginalMHState",
     "Move",
