@@ -1,6 +1,7 @@
 """Markov chain Monte Carlo kernels on any density: a marginal of a diffusion, a composition, or a bare function."""
 
 from smcdiff.mcmc.affine_pool import AffinePool, affine_pool
+from smcdiff.mcmc.auxiliary_gradient import AuxiliaryGradientInfo, AuxiliaryGradientState, auxiliary_gradient
 from smcdiff.mcmc.blocks import GibbsInfo, exact_draw, gibbs
 from smcdiff.mcmc.combinators import CycleInfo, MixtureInfo, PositionState, cycle, mixture
 from smcdiff.mcmc.daps import DapsInfo, DapsState, daps
@@ -27,6 +28,8 @@ from smcdiff.mcmc.warmup import WarmUp, adapt_step_size, window_adaptation
 
 __all__ = [
     "AffinePool",
+    "AuxiliaryGradientInfo",
+    "AuxiliaryGradientState",
     "CycleInfo",
     "DapsInfo",
     "DapsState",
@@ -59,6 +62,7 @@ __all__ = [
     "WarmUp",
     "adapt_step_size",
     "affine_pool",
+    "auxiliary_gradient",
     "cycle",
     "daps",
     "denoising_langevin_gibbs",

@@ -38,7 +38,14 @@ from smcdiff.mcmc.langevin import mala
 from smcdiff.mcmc.log_concave_chain import check_noise_std
 from smcdiff.mcmc.restart import denoise_along
 
-__all__ = ["LikelihoodStep", "SplitGibbsInfo", "SplitGibbsState", "likelihood_step", "split_gibbs"]
+__all__ = [
+    "HasLogLikelihood",
+    "LikelihoodStep",
+    "SplitGibbsInfo",
+    "SplitGibbsState",
+    "likelihood_step",
+    "split_gibbs",
+]
 
 
 class SplitGibbsState(NamedTuple):
@@ -79,8 +86,12 @@ class SplitGibbsInfo(NamedTuple):
 
 
 @runtime_checkable
-class _HasLogLikelihood(Protocol):
-    def log_likelihood(self, x): ...
+class HasLogLikelihood(Protocol):
+    """A measurement that says how likely it is made of a sample."""
+
+    def log_likelihood(self, x: Float[Array, "*event"]) -> Float[Array, ""]:
+        """log L(y | x), up to a constant."""
+        ...
 
 
 class LikelihoodStep(eqx.Module):
@@ -130,7 +141,7 @@ def likelihood_step(
     if isinstance(problem, InverseProblem):
         problem.operator.check(model.event_shape)
         is_linear = isinstance(problem.operator, LinearOperator) and isinstance(problem.noise, GaussianNoise)
-    elif not isinstance(problem, _HasLogLikelihood):
+    elif not isinstance(problem, HasLogLikelihood):
         if not callable(problem):
             raise TypeError(
                 f"problem must be an InverseProblem, an object with log_likelihood(x), or a function x -> log "
@@ -282,5 +293,5 @@ def condition_draw(rng_key, problem: InverseProblem, x, rho, max_iterations: int
 
 
 def _log_anchored(problem, x, rho, z):
-    log_likelihood = problem.log_likelihood if isinstance(problem, _HasLogLikelihood) else problem
+    log_likelihood = problem.log_likelihood if isinstance(problem, HasLogLikelihood) else problem
     return log_likelihood(z) - 0.5 * jnp.sum(((z - x) / rho) ** 2)

@@ -1,5 +1,6 @@
 """Probabilistic programming: NumPyro models as targets, and diffusion models inside of NumPyro models."""
 
+from smcdiff.ppl.auxiliary_gradient import AuxiliaryGradient
 from smcdiff.ppl.diffusion_prior import DiffusionPrior
 from smcdiff.ppl.infer import gibbs_sweep, infer
 from smcdiff.ppl.infer_smc import infer_smc
@@ -14,6 +15,7 @@ from smcdiff.ppl.split_gibbs import SplitGibbs
 from smcdiff.ppl.target import NumPyroTarget, target_from_numpyro
 
 __all__ = [
+    "AuxiliaryGradient",
     "DiffusionPrior",
     "LearnedProposal",
     "MarginalModel",

@@ -22,6 +22,7 @@ from numpyro.infer import NUTS, Gibbs
 from numpyro.infer.hmc import HMCState
 
 from smcdiff.checks import check_count
+from smcdiff.ppl.auxiliary_gradient import AuxiliaryGradientKernelState
 from smcdiff.ppl.call import ModelCall, model_call
 from smcdiff.ppl.dependence import depends_on_input
 from smcdiff.ppl.kernel import AlgorithmKernelState
@@ -43,7 +44,7 @@ class SweepState(NamedTuple):
     Attributes
     ----------
     position
-        Values of all latent sites and of the deterministic ones, by name.
+        Values of all latent sites and of the deterministic ones, by name, and denoised samples of `SplitGibbs`.
     kernel
         NumPyro's own state.
     """
@@ -104,7 +105,8 @@ def infer(
     Returns
     -------
     Trace
-        ``samples`` by site name, deterministic sites included, of shape (num_chains, num_samples / thin, *site).
+        ``samples`` by site name, deterministic sites included, of shape (num_chains, num_samples / thin, *site); a site
+        "x" that `SplitGibbs` moves has its sample without noise, "x_denoised", beside it.
         ``info`` has ArviZ's statistics of the blocks; `smcdiff.to_arviz` takes it.
 
     Raises
@@ -187,7 +189,7 @@ def _init(sweep, position, rng_key):
         raise ValueError("the sweep draws its own start; give position=None.")
     kernel, args, kwargs = _build(sweep)
     state = kernel.init(rng_key, sweep.num_warmup, None, args, kwargs)
-    return SweepState(kernel.postprocess_fn(args, kwargs)(state.z), state)
+    return SweepState(_values(kernel, args, kwargs, state), state)
 
 
 def _step(sweep, rng_key, state):
@@ -196,7 +198,16 @@ def _step(sweep, rng_key, state):
     # Fixes what the kernels keep from their start, such as transforms; nothing of its numbers is used.
     kernel.init(rng_key, sweep.num_warmup, None, args, kwargs)
     inner = kernel.sample(state.kernel, args, kwargs)
-    return SweepState(kernel.postprocess_fn(args, kwargs)(inner.z), inner), _statistics(inner)
+    return SweepState(_values(kernel, args, kwargs, inner), inner), _statistics(inner)
+
+
+def _values(kernel, args, kwargs, state):
+    """Sites of the model, and what a block has beside its own."""
+    values = dict(kernel.postprocess_fn(args, kwargs)(state.z))
+    for block in state.block_states:
+        if isinstance(block, SplitGibbsKernelState):
+            values |= block.derived()
+    return values
 
 
 def _statistics(state):
@@ -212,7 +223,9 @@ def _statistics(state):
                 "step_size": block.adapt_state.step_size,
                 "energy": block.energy,
             }
-        elif isinstance(block, ParticleGibbsKernelState | SplitGibbsKernelState):
+        elif isinstance(
+            block, ParticleGibbsKernelState | SplitGibbsKernelState | AuxiliaryGradientKernelState
+        ):
             (name,) = block.z
             found |= {f"{name}.{key}": value for key, value in block.statistics().items()}
         elif isinstance(block, ParticleMarginalKernelState):

@@ -66,12 +66,18 @@ class SplitGibbsKernelState(NamedTuple):
         """What is reported of a step."""
         return {key: getattr(self, key) for key in ("acceptance_rate", "solve_residual")}
 
+    def derived(self) -> dict[str, Array]:
+        """What is returned beside the site, by name."""
+        (site,) = self.z
+        return {f"{site}_denoised": self.denoised}
+
 
 class SplitGibbs(SiteKernel):
     """NumPyro kernel for one site with a `DiffusionPrior`, given all others, whose prior is blurred by noise rho.
 
-    The site's value is the copy. The sample without noise is ``denoised`` in the state, for NumPyro's ``extra_fields``:
-    it has the prior itself, and for a linear model A the measurement with the noise R + rho^2 A A^T.
+    The site's value is the copy. The sample without noise is ``denoised`` in the state, for NumPyro's ``extra_fields``,
+    and "x_denoised" beside the site "x" in `smcdiff.infer`: it has the prior itself, and for a linear model A the
+    measurement with the noise R + rho^2 A A^T.
     A step costs ``num_steps`` calls of the denoiser, whatever the size of the model, where `ParticleGibbs` needs that
     times its number of particles. It mixes the faster the larger ``rho`` is.
 

@@ -1,4 +1,4 @@
-"""Split Gibbs for a diffusion site of a NumPyro model: the posterior whose prior is blurred by noise rho.
+"""Kernels for a diffusion site of a NumPyro model: split Gibbs, whose prior is blurred by rho, and auxiliary gradient.
 
 The diffusions are Gaussian, hence the blurred priors too, and all laws are integrals over at most two numbers. The 64
 chains are independent; the mean of each feature may be off by 5 standard errors over chains: under normality a false
@@ -8,6 +8,7 @@ deviation, a tenth of a standard error. Keys are fixed.
 
 import functools
 
+import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from scipy import stats
 
 import smcdiff
 from smcdiff import ppl, schedules
-from smcdiff.ppl import DiffusionPrior, SplitGibbs
+from smcdiff.ppl import AuxiliaryGradient, DiffusionPrior, SplitGibbs
 
 pytestmark = pytest.mark.lenient_promotion  # of NumPyro's NUTS and Gibbs
 
@@ -64,7 +65,7 @@ def _square_features(s):
     return np.concatenate([s["x"], s["x"] ** 2], -1)
 
 
-def _linear_posterior(gain=1.0, rho=RHO):
+def _linear_posterior(gain, rho):
     """Mean, covariance and log evidence given the gain."""
     prior, matrix = COVARIANCE + rho**2 * np.eye(2), gain * A
     spread = matrix @ prior @ matrix.T + 0.25 * np.eye(2)
@@ -73,14 +74,14 @@ def _linear_posterior(gain=1.0, rho=RHO):
     return MEAN + k @ (Y - matrix @ MEAN), prior - k @ matrix @ prior, evidence
 
 
-def _linear_exact(rho=RHO):
-    mean, covariance, _ = _linear_posterior(rho=rho)
+def _linear_exact(rho):
+    mean, covariance, _ = _linear_posterior(1.0, rho)
     return np.concatenate([mean, mean**2 + np.diag(covariance)])
 
 
-def _counts_exact(square):
+def _counts_exact(square, rho):
     x = np.linspace(-5, 6, 4001)
-    log_weights = stats.norm(0.6, np.sqrt(0.7 + RHO**2)).logpdf(x)
+    log_weights = stats.norm(0.6, np.sqrt(0.7 + rho**2)).logpdf(x)
     log_weights += sum(stats.poisson(np.exp(0.7 * x)).logpmf(y) for y in COUNTS)
     if square is not None:
         log_weights += stats.norm(x**2, 0.8).logpdf(square)
@@ -92,11 +93,16 @@ def _gain_features(s):
     return np.concatenate([s["gain"][..., None], s["gain"][..., None] ** 2, s["x"], s["x"] ** 2], -1)
 
 
-def _gain_exact():
+def _gain_exact(rho, copy=True):
+    """Moments of the gain and of the copies, or of the samples without noise."""
     gains = np.linspace(-0.8, 2.8, 721)
     rows, log_weights = [], []
     for gain in gains:
-        mean, covariance, evidence = _linear_posterior(gain)
+        mean, covariance, evidence = _linear_posterior(gain, rho)
+        if not copy:  # x given its copy z, whose posterior is N(mean, covariance)
+            shrink = COVARIANCE @ np.linalg.inv(COVARIANCE + rho**2 * np.eye(2))
+            mean = MEAN + shrink @ (mean - MEAN)
+            covariance = COVARIANCE - shrink @ COVARIANCE + shrink @ covariance @ shrink.T
         rows.append(np.concatenate([[gain, gain**2], mean, mean**2 + np.diag(covariance)]))
         log_weights.append(evidence + stats.norm(1, 0.3).logpdf(gain))
     weights = np.exp(log_weights - np.max(log_weights))
@@ -121,14 +127,21 @@ CASES = {
 }
 
 
+KERNELS = {  # and by what the prior is blurred
+    "split Gibbs": (functools.partial(SplitGibbs, rho=RHO, num_steps=40), RHO),
+    "auxiliary gradient": (functools.partial(AuxiliaryGradient, num_steps=40), 0.0),
+}
+ROWS = {f"{kernel}, {case}": (kernel, case) for case in CASES for kernel in KERNELS}
+
+
 @functools.cache
-def posterior(name):
+def posterior(name, kernel="split Gibbs"):
     model, args, *_ = CASES[name]
     return ppl.infer(
         jax.random.key(2),
         model,
         *args,
-        kernels={"x": functools.partial(SplitGibbs, rho=RHO, num_steps=40)},
+        kernels={"x": KERNELS[kernel][0]},
         num_warmup=60,
         num_samples=200,
         num_chains=NUM_CHAINS,
@@ -136,20 +149,41 @@ def posterior(name):
     )
 
 
-@pytest.mark.parametrize("name", quick(CASES, "linear", "counts", "counts and a square"))
-def test_the_posterior_is_exact_under_the_blurred_prior(name):
-    _, _, features, exact = CASES[name]
-    means = features(posterior(name).samples).mean(1)
+@pytest.mark.parametrize(
+    "row",
+    quick(
+        ROWS,
+        "split Gibbs, linear",
+        "split Gibbs, counts",
+        "split Gibbs, counts and a square",
+        "auxiliary gradient, linear",
+        "auxiliary gradient, counts and a square",
+    ),
+)
+def test_the_posterior_is_exact_under_the_kernels_prior(row):
+    kernel, case = ROWS[row]
+    _, _, features, exact = CASES[case]
+    means = features(posterior(case, kernel).samples).mean(1)
     standard_errors = means.std(0, ddof=1) / np.sqrt(NUM_CHAINS)
-    errors = (means.mean(0) - exact()) / standard_errors
+    errors = (means.mean(0) - exact(KERNELS[kernel][1])) / standard_errors
     assert np.all(np.abs(errors) < Z), errors
     assert np.all(standard_errors < 0.05)
+
+
+def test_denoised_samples_have_the_prior_itself_beside_every_parameter():
+    """Given the gain they have the measurement with the noise of the copy, so that the gain's law is the same."""
+    samples = posterior("unknown gain").samples
+    means = _gain_features({"gain": samples["gain"], "x": samples["x_denoised"]}).mean(1)
+    errors = (means.mean(0) - _gain_exact(RHO, copy=False)) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
+    assert np.all(np.abs(errors) < Z), errors
+    copies = (means.mean(0) - _gain_exact(RHO)) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
+    assert np.abs(copies).max() > Z  # that the copies are something else would be seen
 
 
 def test_the_blur_would_be_seen():
     """The test above can tell the blurred prior from the prior itself."""
     means = _square_features(posterior("linear").samples).mean(1)
-    errors = (means.mean(0) - _linear_exact(rho=0.0)) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
+    errors = (means.mean(0) - _linear_exact(0.0)) / (means.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
     assert np.abs(errors).max() > Z
 
 
@@ -162,6 +196,24 @@ def test_a_linear_model_is_drawn_without_rejection_and_others_with_some():
     np.testing.assert_array_equal(posterior("counts").info["x.solve_residual"], 0.0)
     signal = posterior("linear").samples["signal"]
     np.testing.assert_allclose(signal, posterior("linear").samples["x"] @ A.T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_warm_up_tunes_the_noise_and_freezes_it():
+    info = posterior("linear", "auxiliary gradient").info
+    assert np.all(info["x.rho"] == info["x.rho"][:, :1]) and np.ptp(info["x.rho"][:, 0]) > 0
+    assert abs(info["x.acceptance_rate"].mean() - 0.57) < 0.1, info["x.acceptance_rate"].mean()
+    fixed = smcdiff.infer(
+        jax.random.key(2),
+        linear,
+        gaussian(),
+        A,
+        Y,
+        kernels={"x": functools.partial(AuxiliaryGradient, rho=0.3, num_steps=4)},
+        num_warmup=0,
+        num_samples=2,
+        progress=False,
+    )
+    np.testing.assert_allclose(fixed.info["x.rho"], 0.3, rtol=1e-6)
 
 
 def test_it_is_a_numpyro_kernel_of_its_own_and_moves_plates():
@@ -186,6 +238,16 @@ def test_it_is_a_numpyro_kernel_of_its_own_and_moves_plates():
     exact, variance = MEAN + (y - MEAN) @ gain.T, np.diag(COVARIANCE - gain @ COVARIANCE)
     denoised = np.asarray(mcmc.get_extra_fields()["denoised"], float)
     assert np.all(np.abs(denoised.mean(0) - exact) < Z * np.sqrt(6 * variance / 1500))
+    # The auxiliary gradient sampler has the prior and the measurement as they are written.
+    mcmc = MCMC(AuxiliaryGradient(copies, num_steps=40), num_warmup=200, num_samples=3000, progress_bar=False)
+    mcmc.run(jax.random.key(3), gaussian(), y, extra_fields=("rho",))
+    draws, gain = (
+        np.asarray(mcmc.get_samples()["x"], float),
+        COVARIANCE @ np.linalg.inv(COVARIANCE + 0.36 * np.eye(2)),
+    )
+    exact, variance = MEAN + (y - MEAN) @ gain.T, np.diag(COVARIANCE - gain @ COVARIANCE)
+    ess = az.ess(draws[None].reshape(1, 3000, 4).transpose(2, 0, 1)[0])
+    assert ess > 300 and np.all(np.abs(draws.mean(0) - exact) < Z * np.sqrt(variance / 300))
 
 
 @pytest.mark.parametrize(
