@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
@@ -31,6 +32,8 @@ __all__ = [
     "ScheduledPath",
     "as_pytree",
     "as_target",
+    "denoised",
+    "has_data_density",
     "logdensity_and_score",
     "require",
     "warn_unless_diffusion",
@@ -85,7 +88,7 @@ class ScheduledPath(Protocol):
     """A density path that turns into noise along a Gaussian forward process, known through its scores.
 
     It need not be the noised version of its law at t = 0: `smcdiff.compose` makes paths that are not, and whose
-    ``is_diffusion`` is False.
+    ``is_diffusion`` is False. One with log densities that has none at t = 0 has a ``has_data_density`` that is False.
     """
 
     @property
@@ -194,6 +197,18 @@ def as_pytree(value: Any) -> Any:
     return Partial(value) if callable(value) and jax.tree_util.all_leaves([value]) else value
 
 
+def has_data_density(path: DensityPath) -> bool:
+    """Whether a path has log densities down to t = 0; energy models, which have them for t > 0 only, say so."""
+    return isinstance(path.at(jnp.asarray(0.5)), HasLogDensity) and getattr(path, "has_data_density", True)
+
+
+def denoised(path: ScheduledPath, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
+    """(x + sigma^2 score) / alpha at one sample ``x``, which a model that denoises is asked for."""
+    if isinstance(path, DiffusionModel):
+        return path.denoise(x, t)
+    return (x + path.schedule.sigma(t) ** 2 * path.score(x, t)) / path.schedule.alpha(t)
+
+
 def logdensity_and_score(target: Any, x: PyTree) -> tuple[Float[Array, ""], PyTree]:
     """Log density and score at one sample, for a target that has both; together, where the target knows how."""
     if isinstance(target, _HasBoth):
@@ -208,6 +223,12 @@ _ADVICE = {
     ScheduledPath: "pass a smcdiff.Diffusion, an exact model from smcdiff.analytic, or a composition of such",
     DiffusionModel: "pass a smcdiff.Diffusion, or an exact model from smcdiff.analytic",
 }
+
+
+SCORE_KERNELS = (
+    'or take a kernel that makes do with a score: mala or hmc with accept="line_integral"; ula, uhmc or underdamped, '
+    "which never reject"
+)
 
 
 def require(target, capability, who: str, advice: str = "") -> None:

@@ -78,6 +78,11 @@ class EnergyDiffusion(Composable, eqx.Module):
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {FORMS}, got {self.form!r}.")
 
+    @property
+    def has_data_density(self) -> bool:
+        """False: the energy's scale and the network's noise level are infinite at t = 0."""
+        return False
+
     def logdensity(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, ""]:
         """log p_t(x), up to a constant that depends on ``t``, for t > 0."""
         if jnp.shape(x) != self.event_shape:

@@ -23,7 +23,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
 from smcdiff.checkpoints.progress import RunFolder, fingerprint
-from smcdiff.checks import check_count
+from smcdiff.checks import check_count, check_start
 
 __all__ = ["Trace", "keep_position", "run", "to_host"]
 
@@ -125,7 +125,7 @@ def run(
     if state is None:
         state = _start(arrays, rng_key, position, frozen, num_chains, sharding)
         if position is not None:
-            _check_start(state)
+            check_start(state, "position")
     num_kept = num_steps // thin
     chunk_size = chunk_size or _default_chunk_size(num_kept)
     firsts = range(0, num_kept, chunk_size)
@@ -187,21 +187,6 @@ def _split(algorithm):
 
 def _join(arrays, frozen):
     return eqx.combine(arrays, jax.tree.unflatten(frozen.treedef, frozen.leaves))
-
-
-def _check_start(state):
-    """Raise if a chain starts at a place of no density, which it could never leave, or without a score."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not (jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.is_fully_addressable):
-            continue
-        is_finite = np.isfinite(leaf).reshape(len(leaf), -1).all(axis=1)
-        if not is_finite.all():
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise ValueError(
-                f"position must be where the target is finite: chain {int(np.argmin(is_finite))} starts with a "
-                f"{name} that is infinite or not a number ({int((~is_finite).sum())} of {len(leaf)} chains do). Start "
-                "from draws of the prior or of a wider density."
-            )
 
 
 def to_host(leaf: Any) -> Any:

@@ -17,6 +17,8 @@ from rows import quick
 from scipy.special import digamma
 
 import smcdiff
+from smcdiff import mcmc
+from smcdiff.arviz_io.statistics import chain_statistics
 from smcdiff.mcmc.blocks import exact_draw, gibbs
 from smcdiff.mcmc.combinators import PositionState, cycle, mixture
 from smcdiff.mcmc.hamiltonian import ghmc, hmc
@@ -105,6 +107,28 @@ def test_kernels_of_kernels_keep_the_law(how):
         rates = [part.acceptance_rate for part in info.parts[:3]]
         assert all(rate.mean() > 0.25 for rate in rates)
         np.testing.assert_allclose(info.acceptance_rate, (sum(rates) + 1.0) / 4, rtol=1e-5)
+
+
+def _two_steps(target, step_size):
+    return mcmc.hmc(target, step_size, 2)
+
+
+DIVERGING = {
+    "mixture": lambda build: mixture([build(1e4), build(2e4)], [0.5, 0.5]),
+    "cycle": lambda build: cycle([build(0.1), build(1e4)]),
+    "parallel tempering": lambda build: mcmc.parallel_tempering(
+        mcmc.tempered(law()), jnp.asarray([1.0, 0.5]), _two_steps, jnp.asarray([0.1, 1e4])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", quick(DIVERGING, "mixture", "parallel tempering"))
+def test_what_a_part_says_of_divergence_is_not_lost(name):
+    target, build = law(), Partial(_two_steps, law())
+    info = run(DIVERGING[name](build), 1, target.sample(jax.random.key(2), 5), 5).info
+    assert chain_statistics(info)["diverging"].all()
+    calm = mixture([build(0.1), build(0.2)], [0.5, 0.5])
+    assert not run(calm, 1, target.sample(jax.random.key(2), 5), 5).info.is_divergent.any()
 
 
 # Gibbs ---------------------------------------------------------------------------------------------------------------
@@ -247,6 +271,8 @@ def test_what_is_refused():
         TypeError, match=r"blocks\['x'\] must be a function density -> SamplingAlgorithm, got float"
     ):
         gibbs(_joint, {"x": 0.1})
+    with pytest.raises(ValueError, match=r"step_size must be positive and finite, got -0\.1"):
+        gibbs(_joint, {"x": Partial(mcmc.mala, step_size=-0.1)})
     start = {"x": jnp.zeros(1), "z": jnp.zeros(()), "log_w": jnp.zeros(())}
     for blocks in ({"x": _hmc}, {**BLOCKS["three blocks"], "y": _hmc}):
         with pytest.raises(

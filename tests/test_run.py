@@ -10,6 +10,7 @@ import pytest
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array
+from rows import quick
 
 import smcdiff
 
@@ -66,6 +67,79 @@ def test_a_start_without_density_or_score_is_refused(function, name):
             num_chains=3,
             progress=False,
         )
+
+
+def _half_plane(x):
+    return jnp.where(x[0] > 3.0, -jnp.inf, -0.5 * jnp.sum(x**2))
+
+
+def _half_planes(x):
+    return _half_plane(x["x"])
+
+
+def _mala(density):
+    return smcdiff.mcmc.mala(density, 0.1)
+
+
+PARTS = {
+    "cycle": lambda: smcdiff.mcmc.cycle(
+        [_mala(_half_plane), smcdiff.mcmc.hit_and_run_slice(_half_plane, 1.0)]
+    ),
+    "mixture": lambda: smcdiff.mcmc.mixture(
+        [smcdiff.mcmc.uhmc(lambda x: -jnp.sum(x**2), 0.1, 2), _mala(_half_plane)], jnp.asarray([0.9, 0.1])
+    ),
+    "cycle of a mixture": lambda: smcdiff.mcmc.cycle([PARTS["mixture"]()]),
+    "gibbs": lambda: smcdiff.mcmc.gibbs(_half_planes, {"x": _mala}),
+    "parallel tempering": lambda: smcdiff.mcmc.parallel_tempering(
+        smcdiff.mcmc.tempered(_half_plane),
+        jnp.asarray([1.0, 0.5]),
+        smcdiff.mcmc.mala,
+        jnp.asarray([0.1, 0.2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", quick(PARTS, "mixture", "gibbs", "parallel tempering"))
+def test_kernels_that_carry_no_density_refuse_such_a_start_too(name):
+    position = {"x": START} if name == "gibbs" else START
+    with pytest.raises(ValueError, match=r"chain 2 starts with a density.*parts.*1 of 3 chains"):
+        smcdiff.run(jax.random.key(0), PARTS[name](), 2, position=position, num_chains=3, progress=False)
+    inside = jax.tree.map(lambda leaf: leaf[:2], position)
+    trace = smcdiff.run(jax.random.key(0), PARTS[name](), 3, position=inside, num_chains=2, progress=False)
+    assert np.all(jax.tree.leaves(trace.state.is_start_valid))
+
+
+WARM_UPS = {
+    "adapt_step_size": lambda start: smcdiff.mcmc.adapt_step_size(
+        jax.random.key(0), lambda h: smcdiff.mcmc.mala(_half_plane, h), start, 5
+    ),
+    "window_adaptation": lambda start: smcdiff.mcmc.window_adaptation(
+        jax.random.key(0), _half_plane, smcdiff.mcmc.hmc, start, 5, num_integration_steps=2
+    ),
+    "affine_pool": lambda start: smcdiff.mcmc.affine_pool(
+        jax.random.key(0),
+        lambda c, v: smcdiff.mcmc.polar_slice(_half_plane, 1.0, center=c, covariance=v),
+        start,
+        5,
+    ),
+    "tune_levels": lambda start: smcdiff.mcmc.tune_levels(
+        jax.random.key(0),
+        smcdiff.mcmc.tempered(_half_plane),
+        jnp.asarray([1.0, 0.5]),
+        smcdiff.mcmc.mala,
+        jnp.asarray([0.1, 0.2]),
+        start,
+        num_rounds=1,
+        num_steps=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", quick(WARM_UPS, "adapt_step_size", "tune_levels"))
+def test_warm_ups_refuse_such_a_start_too(name):
+    with pytest.raises(ValueError, match=r"chain 2 starts with a .*1 of 3 chains"):
+        WARM_UPS[name](START)
+    WARM_UPS[name](START[:2])
 
 
 def test_a_run_is_the_recursion_with_keys_by_chain_and_step():

@@ -391,7 +391,7 @@ def test_shrinkage_is_capped_and_says_so():
     )
 
 
-@pytest.mark.parametrize("name", ["polar, affine", "hit and run", "geodesic"])
+@pytest.mark.parametrize("name", ["polar, affine", "hit and run", "geodesic", "radial"])
 def test_evaluations_are_counted(name):
     calls = []
 
@@ -400,11 +400,13 @@ def test_evaluations_are_counted(name):
         return -2.0 * jnp.log1p(jnp.sum((x - 0.3) ** 2))
 
     caps = {"max_expansions": 2, "max_shrinkage": 3}
-    algorithm = (
-        geodesic_slice(counting, max_shrinkage=3)
-        if name == "geodesic"
-        else BUILDERS[name](counting, 3, **caps)
-    )
+    match name:
+        case "geodesic":
+            algorithm = geodesic_slice(counting, max_shrinkage=3)
+        case "radial":  # its density is one of the radius
+            algorithm = radial_polar_slice(counting)
+        case _:
+            algorithm = BUILDERS[name](counting, 3, **caps)
     state = algorithm.init(jnp.asarray([0.6, 0.0, 0.8]), jax.random.key(9))
     jax.effects_barrier()
     calls.clear()
@@ -491,7 +493,9 @@ def test_what_is_refused():
             with pytest.raises(ValueError, match=f"{cap} must be a positive integer, got 0"):
                 build(_cauchy, 1.0, **{cap: 0})
         network = smcdiff.Diffusion(None, lambda params, x, t: -x, smcdiff.schedules.cosine(), "score", (2,))
-        with pytest.raises(TypeError, match=f"{name} needs a target with the capability HasLogDensity"):
+        with pytest.raises(
+            TypeError, match=f'{name} needs a target with the .* HasLogDensity.*"line_integral"'
+        ):
             build(network.at(jnp.asarray(0.5)), 1.0)
     key = jax.random.key(0)
     for algorithm in (polar_slice(_cauchy, 1.0), radial_polar_slice(_cauchy)):

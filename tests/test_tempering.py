@@ -270,9 +270,12 @@ def test_what_is_refused():
         parallel_tempering(path, [1.0, 0.5], mala, jnp.ones(2), num_explore=0)
     with pytest.raises(ValueError, match="scales must be positive"):
         parallel_tempering(path, [1.0, 0.5], mala, jnp.ones(2), scales=jnp.asarray([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"step_size must be positive and finite, got -0\.2"):
+        parallel_tempering(path, [1.0, 0.5], mala, jnp.asarray([0.1, -0.2]))
     network = smcdiff.Diffusion(None, lambda params, x, t: -x, schedules.cosine(), "score", (2,))
     with pytest.raises(
-        TypeError, match="parallel_tempering needs a target with the capability HasLogDensity"
+        TypeError,
+        match=r'parallel_tempering needs a target with the capability HasLogDensity.*"line_integral"',
     ):
         parallel_tempering(network, [0.1, 0.5], mala, jnp.ones(2))
     with pytest.raises(TypeError, match="tempered needs a target with the capability HasLogDensity"):

@@ -177,5 +177,11 @@ def test_what_is_refused():
             window_adaptation(jax.random.key(0), gaussian(), mala, jnp.zeros((2, 4)), **options)
 
 
+@pytest.mark.parametrize("kernel", [smcdiff.mcmc.ula, smcdiff.mcmc.underdamped])
+def test_kernels_that_never_reject_have_no_rate_to_tune_by(kernel):
+    with pytest.raises(TypeError, match="this kernel accepts always; tune mala or hmc"):
+        adapt_step_size(jax.random.key(0), lambda h: kernel(gaussian(), h), jnp.zeros((2, 4)), 5)
+
+
 def _elliptical(step_size):
     return blackjax.elliptical_slice(jnp.sum, mean=jnp.zeros(2), cov=jnp.eye(2))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from smcdiff.compose.operators import Composable
 from smcdiff.compose.weighted import check_parts
-from smcdiff.density import DiffusionModel, HasLogDensity, require
+from smcdiff.density import DiffusionModel, HasLogDensity, has_data_density, require
 
 __all__ = ["MixturePath", "mixture"]
 
@@ -50,6 +50,11 @@ class MixturePath(Composable, eqx.Module):
     def is_diffusion(self) -> bool:
         """True: a mixture of noised laws is the noised mixture."""
         return True
+
+    @property
+    def has_data_density(self) -> bool:
+        """Whether every part has a log density at t = 0."""
+        return all(has_data_density(part) for part in self.parts)
 
     def at(self, t: Float[Array, ""]) -> "MixedDensity":
         """The density at time ``t``."""

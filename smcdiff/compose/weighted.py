@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from smcdiff.compose.operators import Composable
 from smcdiff.compose.tails import least_tail
-from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, as_pytree, require
+from smcdiff.density import HasLogDensity, HasScore, ScheduledPath, as_pytree, has_data_density, require
 from smcdiff.line_integral import line_integral
 
 __all__ = ["Composition", "Exponent", "Reward", "affine", "check_parts", "compose"]
@@ -72,6 +72,11 @@ class Composition(Composable, eqx.Module):
         """Whether every part has a log density."""
         half = jnp.asarray(0.5)
         return all(isinstance(part.at(half), HasLogDensity) for part in self.parts)
+
+    @property
+    def has_data_density(self) -> bool:
+        """Whether every part has a log density at t = 0."""
+        return all(has_data_density(part) for part in self.parts)
 
     @property
     def has_moving_exponents(self) -> bool:

@@ -24,7 +24,7 @@ from blackjax.base import SamplingAlgorithm
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from smcdiff.checks import check_count
+from smcdiff.checks import check_count, check_start
 from smcdiff.density import as_pytree
 from smcdiff.mcmc.metric import InverseMassMatrix, from_whitened, mass_factor
 from smcdiff.moments import Moments, add_rows
@@ -141,7 +141,8 @@ def affine_pool(
     Raises
     ------
     ValueError
-        If a count is not a positive integer, or ``covariance`` is unknown.
+        If a count is not a positive integer, ``covariance`` is unknown, or a chain starts where its state is not
+        finite.
 
     Source: "Parallel Affine Transformation Tuning of Markov Chain Monte Carlo", arXiv 2401.16567.
     """
@@ -150,7 +151,9 @@ def affine_pool(
     if covariance not in COVARIANCES:
         raise ValueError(f"covariance must be one of {COVARIANCES}, got {covariance!r}.")
     lengths = jnp.asarray(_windows(num_steps, first_window), jnp.int32)
-    return _tune(rng_key, as_pytree(build), position, lengths, covariance)
+    pool, states = _tune(rng_key, as_pytree(build), position, lengths, covariance)
+    check_start(states, "position")
+    return pool
 
 
 def _windows(num_steps, first):
@@ -190,10 +193,10 @@ def _pool_program(rng_key, build, position, lengths: Int[Array, " windows"], cov
 
     identity = jnp.ones(d, flat.dtype) if covariance == "diagonal" else jnp.eye(d, dtype=flat.dtype)
     algorithm = build(unravel(jnp.zeros(d, flat.dtype)), identity)
-    state = jax.vmap(algorithm.init)(position, keys)
-    carry = (state, jnp.zeros(d, flat.dtype), identity, jnp.zeros((), jnp.int32))
+    start = jax.vmap(algorithm.init)(position, keys)
+    carry = (start, jnp.zeros(d, flat.dtype), identity, jnp.zeros((), jnp.int32))
     (state, center, spread, _), acceptance = jax.lax.scan(window, carry, lengths)
-    return AffinePool(state.position, unravel(center), spread, acceptance)
+    return AffinePool(state.position, unravel(center), spread, acceptance), start
 
 
 _tune = jax.jit(_pool_program, static_argnames="covariance")

@@ -13,6 +13,8 @@ Sources: Geman and Geman, "Stochastic relaxation, Gibbs distributions, and the B
 PAMI 6 (1984); Tierney, "Markov chains for exploring posterior distributions", Annals of Statistics 22 (1994).
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from smcdiff.density import HasLogDensity, LogDensity, as_pytree, as_target
-from smcdiff.mcmc.combinators import PositionState, step_from
+from smcdiff.mcmc.combinators import PositionState, can_start, step_from
 
 __all__ = ["Conditional", "ConditionalDensity", "GibbsInfo", "exact_draw", "gibbs"]
 
@@ -141,6 +143,11 @@ def gibbs(target: Any, blocks: Mapping[Names, Callable[[Any], SamplingAlgorithm]
             )
     builders = tuple(as_pytree(builder) for builder in blocks.values())
     kernel = _Gibbs(as_target(target), builders, tuple(blocks))
+    for index in range(len(builders)):  # where their settings are numbers still, so that they are looked at
+        with contextlib.suppress(
+            KeyError
+        ):  # a builder may look at the other entries, of which there are none yet
+            _algorithm(kernel, index, {})
     return SamplingAlgorithm(Partial(_init, kernel), Partial(_step, kernel))
 
 
@@ -179,22 +186,32 @@ def _init(kernel, position, rng_key):
         raise ValueError(
             f"blocks must name the entries {sorted(position)}, and only these; got {sorted(named)}."
         )
-    return PositionState(position)
+    valid = [
+        can_start(_algorithm(kernel, index, position), rng_key, select(position, names))
+        for index, names in enumerate(kernel.names)
+    ]
+    return PositionState(position, functools.reduce(jnp.logical_and, valid))
+
+
+def _algorithm(kernel, index, position):
+    """The kernel of a block, given the other entries."""
+    names = kernel.names[index]
+    rest = {name: entry for name, entry in position.items() if name not in _flat(names)}
+    kind = ConditionalDensity if isinstance(kernel.joint, HasLogDensity) else Conditional
+    return kernel.builders[index](kind(kernel.joint, rest, names))
 
 
 def _step(kernel, rng_key, state):
     """One sweep."""
-    kind = ConditionalDensity if isinstance(kernel.joint, HasLogDensity) else Conditional
     position, parts, rates = state.position, [], []
-    for index, (names, builder) in enumerate(zip(kernel.names, kernel.builders, strict=True)):
-        rest = {name: entry for name, entry in position.items() if name not in _flat(names)}
-        algorithm = builder(kind(kernel.joint, rest, names))
+    for index, names in enumerate(kernel.names):
+        algorithm = _algorithm(kernel, index, position)
         block, info, rate = step_from(algorithm, jax.random.fold_in(rng_key, index), select(position, names))
-        position = {**rest, **({names: block} if isinstance(names, str) else block)}
+        position = {**position, **({names: block} if isinstance(names, str) else block)}
         parts.append(info)
         rates.append(rate)
     block_rates = jnp.stack(rates)
-    return PositionState(position), GibbsInfo(jnp.mean(block_rates), block_rates, tuple(parts))
+    return state._replace(position=position), GibbsInfo(jnp.mean(block_rates), block_rates, tuple(parts))
 
 
 class _ExactInfo(NamedTuple):
@@ -212,4 +229,4 @@ def _exact_init(position, rng_key=None):
 
 def _exact_step(held, rng_key, state):
     draw, rest = held
-    return PositionState(draw(rng_key, rest)), _ExactInfo(jnp.ones(()))
+    return state._replace(position=draw(rng_key, rest)), _ExactInfo(jnp.ones(()))

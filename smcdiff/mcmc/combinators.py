@@ -8,6 +8,7 @@ its conditional law, like a momentum; it is wrong for kernels which tune themsel
 Source: Tierney, "Markov chains for exploring posterior distributions", Annals of Statistics 22 (1994).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 __all__ = ["CycleInfo", "MixtureInfo", "PositionState", "cycle", "mixture"]
 
@@ -29,9 +30,12 @@ class PositionState(NamedTuple):
     ----------
     position
         The sample, an array or a pytree.
+    is_start_valid
+        Whether density and score of all parts are finite where the chain started.
     """
 
     position: PyTree
+    is_start_valid: Bool[Array, ""] | bool = True
 
 
 class MixtureInfo(NamedTuple):
@@ -43,10 +47,13 @@ class MixtureInfo(NamedTuple):
         Of the kernel that was chosen; 1 if it reports none.
     chosen
         Its index.
+    is_divergent
+        Whether it diverged; False if it reports none.
     """
 
     acceptance_rate: Float[Array, ""]
     chosen: Int[Array, ""]
+    is_divergent: Bool[Array, ""]
 
 
 class CycleInfo(NamedTuple):
@@ -103,7 +110,8 @@ def mixture(algorithms: Sequence[SamplingAlgorithm], weights: Float[Array, " m"]
         if not (np.all(np.isfinite(values) & (values >= 0)) and values.sum() > 0):
             raise ValueError(f"weights must be non-negative and finite, and not all zero, got {weights}.")
     log_weights = jnp.log(jnp.asarray(weights, jnp.result_type(float)))
-    return _algorithm(_mixture_step, _Mixture(parts, log_weights))
+    kernel = _Mixture(parts, log_weights)
+    return SamplingAlgorithm(Partial(_init, parts), Partial(_mixture_step, kernel))
 
 
 def cycle(algorithms: Sequence[SamplingAlgorithm]) -> SamplingAlgorithm:
@@ -127,7 +135,8 @@ def cycle(algorithms: Sequence[SamplingAlgorithm]) -> SamplingAlgorithm:
 
     Source: Tierney (1994).
     """
-    return _algorithm(_cycle_step, _checked("cycle", algorithms))
+    parts = _checked("cycle", algorithms)
+    return SamplingAlgorithm(Partial(_init, parts), Partial(_cycle_step, parts))
 
 
 def step_from(
@@ -140,8 +149,19 @@ def step_from(
     return state.position, info, jnp.asarray(rate, jnp.result_type(float))
 
 
-def _algorithm(step, kernel):
-    return SamplingAlgorithm(Partial(_init, kernel), Partial(step, kernel))
+def can_start(algorithm: SamplingAlgorithm, rng_key: PRNGKeyArray, position: PyTree) -> Bool[Array, ""]:
+    """Whether an algorithm knows a finite density and score at a position."""
+    state = algorithm.init(position, rng_key)
+    numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    is_finite = [jnp.all(jnp.isfinite(leaf)) for leaf in numbers]
+    return functools.reduce(jnp.logical_and, is_finite, jnp.asarray(getattr(state, "is_start_valid", True)))
+
+
+def has_diverged(info: Any) -> Bool[Array, ""]:
+    """Whether a kernel, or a part of one, says so."""
+    found = [jnp.any(info.is_divergent)] if hasattr(info, "is_divergent") else []
+    found += [has_diverged(part) for part in getattr(info, "parts", ())]
+    return functools.reduce(jnp.logical_or, found, jnp.zeros((), bool))
 
 
 def _checked(who, algorithms):
@@ -154,8 +174,9 @@ def _checked(who, algorithms):
     return algorithms
 
 
-def _init(kernel, position, rng_key):
-    return PositionState(position)
+def _init(algorithms, position, rng_key):
+    valid = [can_start(algorithm, rng_key, position) for algorithm in algorithms]
+    return PositionState(position, functools.reduce(jnp.logical_and, valid))
 
 
 def _mixture_step(kernel, rng_key, state):
@@ -164,14 +185,14 @@ def _mixture_step(kernel, rng_key, state):
 
     def branch(algorithm):
         def move(key, position):
-            position, _, rate = step_from(algorithm, key, position)
-            return position, rate
+            position, info, rate = step_from(algorithm, key, position)
+            return position, rate, has_diverged(info)
 
         return move
 
     branches = [branch(algorithm) for algorithm in kernel.algorithms]
-    position, rate = jax.lax.switch(chosen, branches, key_step, state.position)
-    return PositionState(position), MixtureInfo(rate, chosen)
+    position, rate, is_divergent = jax.lax.switch(chosen, branches, key_step, state.position)
+    return state._replace(position=position), MixtureInfo(rate, chosen, is_divergent)
 
 
 def _cycle_step(algorithms, rng_key, state):
@@ -180,4 +201,4 @@ def _cycle_step(algorithms, rng_key, state):
         position, info, rate = step_from(algorithm, jax.random.fold_in(rng_key, index), position)
         parts.append(info)
         rates.append(rate)
-    return PositionState(position), CycleInfo(jnp.mean(jnp.stack(rates)), tuple(parts))
+    return state._replace(position=position), CycleInfo(jnp.mean(jnp.stack(rates)), tuple(parts))

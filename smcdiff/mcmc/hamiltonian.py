@@ -35,7 +35,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PyTree
 
 from smcdiff.checks import check_between, check_count, check_positive
-from smcdiff.density import HasLogDensity, HasScore, as_target, logdensity_and_score, require
+from smcdiff.density import SCORE_KERNELS, HasLogDensity, HasScore, as_target, logdensity_and_score, require
 from smcdiff.line_integral import line_integral
 from smcdiff.mcmc.metric import InverseMassMatrix, from_whitened, mass_factor, score_in_whitened
 
@@ -80,7 +80,8 @@ class HamiltonianInfo(NamedTuple):
     log_ratio
         log p(x') - log p(x) of the proposal, as the decision saw it.
     path_gap
-        ``log_ratio`` minus the integral of the score along the leapfrog path.
+        ``log_ratio`` minus the integral of the score along the leapfrog path; 0 where the one is the other, as in
+        ``accept="path_integral"`` and in kernels that never reject, and then it says nothing of the score.
     energy
         Total energy of the state that was kept, for E-BFMI; None where the log density is not known.
     num_integration_steps
@@ -244,8 +245,7 @@ def hamiltonian(
             target,
             HasLogDensity,
             who,
-            'or take accept="line_integral", which makes do with a score, or a kernel that never rejects: ula, uhmc, '
-            "underdamped",
+            SCORE_KERNELS,
         )
     kernel = _Kernel(
         target,

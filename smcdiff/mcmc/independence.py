@@ -15,7 +15,7 @@ from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from smcdiff.density import HasLogDensity, as_target, require
+from smcdiff.density import SCORE_KERNELS, HasLogDensity, as_target, require
 
 __all__ = ["IndependenceInfo", "IndependenceState", "independence"]
 
@@ -89,7 +89,7 @@ def independence(target: Any, proposal: Any) -> SamplingAlgorithm:
     Source: Tierney, "Markov chains for exploring posterior distributions" (1994).
     """
     target = as_target(target)
-    require(target, HasLogDensity, "independence")
+    require(target, HasLogDensity, "independence", SCORE_KERNELS)
     if not isinstance(proposal, _Proposal):
         raise TypeError(
             f"proposal must have sample(key) and log_prob(x), as NumPyro's distributions do, got "

@@ -21,8 +21,8 @@ from blackjax.base import SamplingAlgorithm
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from scipy.interpolate import PchipInterpolator
 
-from smcdiff.checks import check_count
-from smcdiff.density import DensityPath, HasLogDensity, HasScore, as_target, require
+from smcdiff.checks import check_count, check_start
+from smcdiff.density import SCORE_KERNELS, DensityPath, HasLogDensity, HasScore, as_target, require
 from smcdiff.mcmc.tempering import ParallelTemperingState, check_levels, parallel_tempering
 
 __all__ = ["TemperedPath", "TunedLevels", "equal_rejection_levels", "tempered", "tune_levels"]
@@ -83,7 +83,7 @@ def tempered(target: Any, reference: Any = None) -> TemperedPath:
     """
     parts = [as_target(part) for part in ([target] if reference is None else [target, reference])]
     for part in parts:
-        require(part, HasLogDensity, "tempered")
+        require(part, HasLogDensity, "tempered", SCORE_KERNELS)
     return TemperedPath(parts[0], parts[1] if len(parts) == 2 else None)
 
 
@@ -188,7 +188,7 @@ def tune_levels(
     Raises
     ------
     TypeError, ValueError
-        As `smcdiff.mcmc.parallel_tempering`.
+        As `smcdiff.mcmc.parallel_tempering`; if a chain starts where its state is not finite.
 
     Source: arXiv 1905.02939, algorithm 4.
     """
@@ -198,6 +198,7 @@ def tune_levels(
     build = partial(parallel_tempering, path, kernel=kernel, num_explore=num_explore, draw_last=draw_last)
     algorithm = build(levels=levels, settings=settings, scales=scales)
     states = _start(algorithm, rng_key, positions)
+    check_start(states, "positions")
     for round_index in range(num_rounds):
         key_round = jax.random.fold_in(rng_key, round_index)
         sums = np.zeros((2, levels.size - 1))

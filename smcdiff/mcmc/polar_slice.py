@@ -266,7 +266,7 @@ def _step_radial(kernel, rng_key, state):
     new_radius = low + for_radius * (high - low)
     _, direction = to_polar(jax.random.normal(key_direction, x.shape, x.dtype))
     new = kernel.map.from_standard(new_radius * direction)
-    count = jnp.asarray(2 * _BISECTIONS + 2, jnp.int32)
+    count = jnp.asarray(2 * _BISECTIONS + 4, jnp.int32)  # the slice, both ends, the new radius
     is_bracketed = ~is_inside(ranges)[1]
     yes = jnp.ones((), bool)
     info = SliceInfo(

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from smcdiff.density import HasLogDensity, as_target, require
+from smcdiff.density import SCORE_KERNELS, HasLogDensity, as_target, require
 
 __all__ = [
     "Bracket",
@@ -110,7 +110,7 @@ class Found(NamedTuple):
 def slice_target(target: Any, who: str) -> Any:
     """The target of the slice sampler ``who``, which needs a log density."""
     target = as_target(target)
-    require(target, HasLogDensity, who)
+    require(target, HasLogDensity, who, SCORE_KERNELS)
     return target
 
 

@@ -31,7 +31,8 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.checks import check_count, check_positive
-from smcdiff.density import DensityPath, HasLogDensity, as_pytree, require
+from smcdiff.density import SCORE_KERNELS, DensityPath, HasLogDensity, as_pytree, require
+from smcdiff.mcmc.combinators import can_start, has_diverged
 
 __all__ = ["ParallelTemperingInfo", "ParallelTemperingState", "check_levels", "parallel_tempering"]
 
@@ -54,6 +55,8 @@ class ParallelTemperingState(NamedTuple):
         Number of times that a replica has been back at the target after the other end.
     step
         Number of steps; its parity tells which pairs are next.
+    is_start_valid
+        Whether density and score are finite at every level where the chain started.
     """
 
     position: PyTree
@@ -62,6 +65,7 @@ class ParallelTemperingState(NamedTuple):
     last_end: Int[Array, " L"]
     round_trips: Int[Array, ""]
     step: Int[Array, ""]
+    is_start_valid: Bool[Array, ""]
 
 
 class ParallelTemperingInfo(NamedTuple):
@@ -86,6 +90,8 @@ class ParallelTemperingInfo(NamedTuple):
         Their number so far.
     num_swap_evaluations
         Log densities evaluated for the swaps, 2 L; the kernels' evaluations are on top of it.
+    is_divergent
+        Whether the kernel of a level diverged.
     """
 
     acceptance_rate: Float[Array, ""]
@@ -96,6 +102,7 @@ class ParallelTemperingInfo(NamedTuple):
     replica: Int[Array, " L"]
     round_trips: Int[Array, ""]
     num_swap_evaluations: int
+    is_divergent: Bool[Array, ""]
 
 
 class _Tempering(eqx.Module):
@@ -167,7 +174,9 @@ def parallel_tempering(
                 raise ValueError(
                     f"{name} must have the leading axis of levels, {levels.size}, got shape {jnp.shape(leaf)}."
                 )
-    require(path.at(levels[0]), HasLogDensity, "parallel_tempering")
+    require(path.at(levels[0]), HasLogDensity, "parallel_tempering", SCORE_KERNELS)
+    for j in range(levels.size):  # where they are numbers still, so that the kernels look at their settings
+        kernel(path.at(levels[j]), jax.tree.map(lambda leaf, j=j: leaf[j], settings))
     ladder = _Tempering(path, levels, as_pytree(kernel), settings, scales, as_pytree(draw_last), num_explore)
     return SamplingAlgorithm(Partial(_init, ladder), Partial(_step, ladder))
 
@@ -190,7 +199,11 @@ def _init(ladder, position, rng_key):
     replicas = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *jnp.shape(leaf))), position)
     last_end = jnp.zeros(num, jnp.int32).at[0].set(1)
     zero = jnp.zeros((), jnp.int32)
-    return ParallelTemperingState(position, replicas, jnp.arange(num, dtype=jnp.int32), last_end, zero, zero)
+    valid = jax.vmap(lambda *each: can_start(ladder.algorithm(*each), rng_key, position))(
+        ladder.levels, ladder.settings
+    )
+    replica = jnp.arange(num, dtype=jnp.int32)
+    return ParallelTemperingState(position, replicas, replica, last_end, zero, zero, jnp.all(valid))
 
 
 def _step(ladder, rng_key, state):
@@ -199,7 +212,7 @@ def _step(ladder, rng_key, state):
     key_explore, key_swap, key_last = jax.random.split(rng_key, 3)
     keys = jax.random.split(key_explore, num)
     explore = jax.vmap(lambda *arguments: _explore(ladder, *arguments))
-    replicas, level_acceptance = explore(ladder.levels, ladder.settings, state.replicas, keys)
+    replicas, level_acceptance, is_divergent = explore(ladder.levels, ladder.settings, state.replicas, keys)
     if ladder.draw_last is not None:
         last = ladder.draw_last(key_last)
         replicas = jax.tree.map(lambda leaf, new: leaf.at[-1].set(new), replicas, last)
@@ -228,26 +241,34 @@ def _step(ladder, rng_key, state):
         replica,
         round_trips,
         2 * num,
+        jnp.any(is_divergent),
     )
     position = jax.tree.map(lambda leaf: leaf[0], replicas)
-    return ParallelTemperingState(position, replicas, replica, last_end, round_trips, state.step + 1), info
+    return state._replace(
+        position=position,
+        replicas=replicas,
+        replica=replica,
+        last_end=last_end,
+        round_trips=round_trips,
+        step=state.step + 1,
+    ), info
 
 
 def _explore(ladder, level, setting, x, rng_key):
-    """``num_explore`` steps of one level's kernel, and its mean acceptance rate."""
+    """``num_explore`` steps of one level's kernel, its mean acceptance rate, and whether it diverged."""
     algorithm = ladder.algorithm(level, setting)
     key_init, key_steps = jax.random.split(rng_key)
 
     def one_step(carry, k):
         state, info = algorithm.step(jax.random.fold_in(key_steps, k), carry)
-        return state, info.acceptance_rate
+        return state, (info.acceptance_rate, has_diverged(info))
 
     state = algorithm.init(x, key_init)
     if ladder.num_explore == 1:
-        state, rate = one_step(state, 0)
-        return state.position, rate
-    state, rates = jax.lax.scan(one_step, state, jnp.arange(ladder.num_explore))
-    return state.position, jnp.mean(rates)
+        state, (rate, is_divergent) = one_step(state, 0)
+        return state.position, rate, is_divergent
+    state, (rates, is_divergent) = jax.lax.scan(one_step, state, jnp.arange(ladder.num_explore))
+    return state.position, jnp.mean(rates), jnp.any(is_divergent)
 
 
 def _partners(num, step):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from blackjax.adaptation.mass_matrix import (
     MassMatrixAdaptationState,
     WelfordAlgorithmState,
@@ -32,7 +33,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from smcdiff.checks import check_count, check_positive
+from smcdiff.checks import check_count, check_positive, check_start
 from smcdiff.density import as_pytree
 from smcdiff.moments import Moments, add_rows
 
@@ -43,6 +44,7 @@ __all__ = [
     "adapt_step_size",
     "adapt_until",
     "begin_adaptation",
+    "check_rejects",
     "settings_at",
     "window_adaptation",
     "window_stages",
@@ -102,15 +104,17 @@ def adapt_step_size(
     Raises
     ------
     TypeError
-        If the kernel's info has no ``acceptance_rate``.
+        If the kernel's info has no ``acceptance_rate``, or if it accepts always.
     ValueError
-        If a number is out of range.
+        If a number is out of range, or a chain starts where its state is not finite.
 
     Source: Hoffman and Gelman, arXiv 1111.4246, section 3.2.
     """
     start = _checked(num_steps, target_acceptance, initial_step_size)
     stages = jnp.zeros((num_steps, 2), jnp.int32)
-    found = _warm_up(rng_key, Partial(_ignore_metric, as_pytree(build)), positions, stages, start, None)
+    found = _checked_warm_up(
+        rng_key, Partial(_ignore_metric, as_pytree(build)), positions, stages, start, None
+    )
     return found._replace(settings={"step_size": found.settings["step_size"]})
 
 
@@ -155,16 +159,18 @@ def window_adaptation(
     Raises
     ------
     TypeError
-        If the kernel's info has no ``acceptance_rate``.
+        If the kernel's info has no ``acceptance_rate``, or if it accepts always.
     ValueError
-        If a number is out of range.
+        If a number is out of range, or a chain starts where its state is not finite.
 
     Source: Carpenter et al., "Stan: a probabilistic programming language" (2017).
     """
     start = _checked(num_steps, target_acceptance, initial_step_size)
     arrays, static = eqx.partition(options, eqx.is_array)
     build = _Build(as_pytree(target), as_pytree(algorithm), arrays, tuple(sorted(static.items())))
-    return _warm_up(rng_key, build, positions, window_stages(num_steps), start, is_mass_matrix_diagonal)
+    return _checked_warm_up(
+        rng_key, build, positions, window_stages(num_steps), start, is_mass_matrix_diagonal
+    )
 
 
 def window_stages(num_steps: int) -> Int[Array, "steps 2"]:
@@ -286,6 +292,23 @@ def settings_at(adaptation: Adaptation, step, num_warmup: int) -> dict[str, Any]
     return settings | {"step_size": step_size}
 
 
+def _checked_warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
+    """The warm-up, if it could start and had something to tune."""
+    found, states = _warm_up(rng_key, build, positions, stages, wanted, is_diagonal)
+    check_start(states, "positions")
+    check_rejects(found.acceptance_rates)
+    return found
+
+
+def check_rejects(acceptance_rates: Float[Array, " steps"]) -> None:
+    """Raise a `TypeError` if a kernel accepted always: its step size would rise without end; tracers pass."""
+    if not isinstance(acceptance_rates, jax.core.Tracer) and np.all(np.asarray(acceptance_rates) == 1.0):
+        raise TypeError(
+            "a warm-up tunes the step size by the acceptance rate, and this kernel accepts always; tune mala or hmc, "
+            "whose step is about as long, and give that to ula, underdamped or uhmc."
+        )
+
+
 @eqx.filter_jit
 def _warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
     """The warm-up; a row of ``stages`` tells whether a step counts for the covariance, and whether it ends a window."""
@@ -310,8 +333,8 @@ def _warm_up(rng_key, build, positions, stages, wanted, is_diagonal):
 
     carry = (states, begin_adaptation(step_size, metric))
     inputs = (jnp.arange(len(stages)), (stages[:, 0], stages[:, 1]))
-    (states, adaptation), (rates, step_sizes) = jax.lax.scan(one_step, carry, inputs)
-    return WarmUp(adaptation.settings, states.position, rates, step_sizes)
+    (last, adaptation), (rates, step_sizes) = jax.lax.scan(one_step, carry, inputs)
+    return WarmUp(adaptation.settings, last.position, rates, step_sizes), states
 
 
 def _acceptance_rate(info):

@@ -14,6 +14,7 @@ arXiv 2302.11552; Neal, "Annealed importance sampling", arXiv physics/9803008.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,14 +27,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from smcdiff.checks import check_between, check_count, check_positive
 from smcdiff.compose import Composition
-from smcdiff.density import HasLogDensity, ScheduledPath, as_pytree, require
+from smcdiff.density import HasLogDensity, ScheduledPath, as_pytree, denoised, has_data_density, require
 from smcdiff.mcmc.langevin import mala
+from smcdiff.mcmc.warmup import check_rejects
 from smcdiff.reverse import reverse_transition
 from smcdiff.schedules import check_times
 from smcdiff.smc.feynman_kac import FeynmanKac, repeat
 
 __all__ = ["TunedStepSizes", "annealed_mcmc", "tune_step_sizes"]
 
+_BAND = 0.2  # of acceptance rates about the one that is wanted, outside of which there is a warning
 _GAIN = 2.0  # of the logarithm of the step size, by a unit of the acceptance rate
 
 
@@ -67,8 +70,8 @@ def annealed_mcmc(
     path
         A composition, or any other density path.
     times
-        Grid that falls from 1 to 0; its points after the first are the levels. Where the path has scores only, the
-        last step is a denoising one, since there is no score at t = 0.
+        Grid that falls from 1 to 0; its points after the first are the levels. Where the path has no log density at
+        t = 0, as networks and energy models, the last step is a denoising one, since there is no score either.
     step_sizes
         Of the kernel at every level, shape (num_steps,), or one for all relative to sigma^2; see `tune_step_sizes`.
     kernel
@@ -81,7 +84,8 @@ def annealed_mcmc(
         None, or the noise eta of a reverse transition before the steps of each level: 0 for the deterministic one, 1
         for the ancestral one.
     weights
-        "none", or "density" for annealed importance weights, which need log densities and no predictor.
+        "none", or "density" for annealed importance weights, which need log densities and no predictor. Where the last
+        step denoises it has no weight, and the evidence is that of the last level.
 
     Raises
     ------
@@ -107,15 +111,18 @@ def annealed_mcmc(
             )
     if predictor is not None:
         check_between("predictor", predictor, 0.0, np.inf)
+    sizes = _step_sizes(path, times, step_sizes)
+    kernel = as_pytree(kernel or _default_kernel(path))
+    kernel(path.at(times[1]), sizes[0])  # raises now if the density lacks something
     annealed = _Annealed(
         path,
         times,
-        _step_sizes(path, times, step_sizes),
-        as_pytree(kernel or _default_kernel(path)),
+        sizes,
+        kernel,
         predictor,
         steps_per_level,
         weights == "density",
-        isinstance(path.at(times[-1]), HasLogDensity),
+        has_data_density(path),
     )
     return FeynmanKac(Partial(_init, annealed), Partial(_step, annealed), len(times) - 1)
 
@@ -168,15 +175,41 @@ def tune_step_sizes(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError
+        As `annealed_mcmc`; if the kernel accepts always, so that no rate tells its step size.
+    ValueError
         As `annealed_mcmc`.
+
+    Warns
+    -----
+    UserWarning
+        If the acceptance rate of a level is off by more than 0.2.
     """
     fk = annealed_mcmc(path, times=times, step_sizes=initial, kernel=kernel)
     check_between("target_acceptance", target_acceptance, 0.0, 1.0)
     check_count("num_particles", num_particles)
     check_count("num_rounds", num_rounds)
     (annealed,) = fk.step.args  # type: ignore[attr-defined]  # a Partial
-    return TunedStepSizes(*_tune(rng_key, annealed, target_acceptance, num_particles, num_rounds))
+    tuned = TunedStepSizes(*_tune(rng_key, annealed, target_acceptance, num_particles, num_rounds))
+    _check_rates(tuned.acceptance_rates, target_acceptance)
+    return tuned
+
+
+def _check_rates(rates, target):
+    """Raise where a kernel never rejects, warn where a level's rate is far from what was wanted."""
+    if isinstance(rates, jax.core.Tracer):
+        return
+    check_rejects(rates)
+    rates = np.asarray(rates)
+    far = np.flatnonzero(~(np.abs(rates - target) < _BAND))  # or no number
+    if far.size:
+        warnings.warn(
+            f"tune_step_sizes was to find an acceptance rate of {target:g}, and {far.size} of {len(rates)} levels are "
+            f"off by more than {_BAND}; level {far[-1] + 1} has {rates[far[-1]]:.2g}. Take more rounds, a better "
+            "initial step size, or more levels where the densities change fast.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _default_kernel(path):
@@ -216,11 +249,13 @@ def _step(annealed, rng_key, x, k):
     """Weigh, predict if asked, and take the steps of level times[k + 1]."""
     path, t, s = annealed.path, annealed.times[k], annealed.times[k + 1]
     key_predict, key_moves = jax.random.split(rng_key)
+    is_last = k == annealed.times.shape[0] - 2
     increment = jnp.zeros((), x.dtype)
     if annealed.is_weighted:
-        increment = path.at(s).logdensity(x) - path.at(t).logdensity(x)
+        level = s if annealed.ends_on_data else jnp.where(is_last, t, s)
+        increment = path.at(level).logdensity(x) - path.at(t).logdensity(x)
     if annealed.eta is not None:
-        mean, std = reverse_transition(path.schedule, x, path.denoise(x, t), t, s, annealed.eta)
+        mean, std = reverse_transition(path.schedule, x, denoised(path, x, t), t, s, annealed.eta)
         x = mean + std * jax.random.normal(key_predict, x.shape, x.dtype)
 
     def moves(x):
@@ -228,8 +263,7 @@ def _step(annealed, rng_key, x, k):
 
     if annealed.ends_on_data:
         return moves(x), increment
-    is_last = k == annealed.times.shape[0] - 2
-    last = (lambda x: x) if annealed.eta is not None else (lambda x: path.denoise(x, t))
+    last = (lambda x: x) if annealed.eta is not None else (lambda x: denoised(path, x, t))
     return jax.lax.cond(is_last, last, moves, x), increment
 
 
@@ -263,8 +297,8 @@ def _tune(rng_key, annealed, target, num_particles, num_rounds):
             cloud, rates = jax.vmap(lambda key, x: _moves(annealed, key, x, k, jnp.exp(log_step), 1))(
                 each, cloud
             )
-            rate = jnp.nan_to_num(jnp.mean(rates))
-            return (cloud, log_step + _GAIN * (rate - target)), (log_step, rate)
+            rate = jnp.mean(rates)
+            return (cloud, log_step + _GAIN * jnp.nan_to_num(rate - target)), (log_step, rate)
 
         # The last level's correction of the first guess is carried over to this one.
         (cloud, _), (log_steps, rates) = jax.lax.scan(

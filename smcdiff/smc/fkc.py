@@ -29,7 +29,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from smcdiff.compose.weighted import Composition, compose
-from smcdiff.density import HasLogDensity, ScheduledPath, require
+from smcdiff.density import HasLogDensity, ScheduledPath, has_data_density, require
 from smcdiff.schedules import check_times
 from smcdiff.smc.corrector import Corrector, draw_start, score_init, score_step, stationary_drift
 from smcdiff.smc.feynman_kac import FeynmanKac
@@ -136,6 +136,11 @@ def _start_on_grid(schedule, times):
 
 def _check_density(path, eta, drift_control):
     require(path.at(jnp.asarray(0.5)), HasLogDensity, 'fkc with weights="density"')
+    if not has_data_density(path):
+        raise TypeError(
+            'fkc with weights="density" needs log densities down to t = 0, where energy models have none; take '
+            'weights="score", or smcdiff.annealed_mcmc, which ends with a denoising step.'
+        )
     if isinstance(eta, jax.core.Tracer) or eta != 1.0:
         raise ValueError(
             'weights="density" takes the ancestral step, whose reversal is known, so eta must be the number 1; '

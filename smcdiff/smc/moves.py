@@ -5,7 +5,7 @@ every step. For particles that are samples x, as those of `smcdiff.fkc` are, any
 at times[k + 1] will do. A kernel's state is made once a step, and kept over the moves.
 
 Scores suffice for kernels whose acceptance is an integral of them. But no score is known at t = 0, so that paths
-without log densities get no moves after the last step.
+without log densities there get no moves after the last step.
 
 Sources: Gilks and Berzuini, "Following a moving target: Monte Carlo inference for dynamic Bayesian models", JRSS-B 63
 (2001); Buchholz, Chopin and Jacob, "Adaptive tuning of Hamiltonian Monte Carlo within sequential Monte Carlo",
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from smcdiff.checks import check_positive
 from smcdiff.compose.weighted import Composition
-from smcdiff.density import HasLogDensity, ScheduledPath, require
+from smcdiff.density import ScheduledPath, has_data_density, require
 from smcdiff.mcmc.langevin import mala
 from smcdiff.schedules import check_times
 from smcdiff.smc.feynman_kac import Move, repeat
@@ -141,7 +141,7 @@ def _moves(who, path, kernel, times, tuning):
     times = check_times(times)
     density = path.at(times[-2])
     kernel(tuning, density, times[-2])  # raises now if the density lacks something
-    return _Moves(path, times, kernel, isinstance(density, HasLogDensity))
+    return _Moves(path, times, kernel, has_data_density(path))
 
 
 def _move(moves, tuning, rng_key, x, k, num_moves):
