@@ -1,18 +1,24 @@
 """Properties that every kernel of tests/kernel_cases.py has.
 
 Stationarity is that of `smcdiff.testing.check_invariance`: chains start from exact draws and take steps, and the
-mean of no function may change. A right kernel fails with a probability of 1e-5 a target, 1e-3 for all checks of this
-module together. What a wrong kernel looks like is planted in the last tests.
+mean of no function may change. A right kernel fails with a probability of 1e-5 a target, 2e-3 for all checks of this
+module together. Kernels with a Metropolis ratio take steps of which a good part is rejected, which is asserted: else
+the ratio would not be tested. What a wrong kernel looks like is planted in the last tests.
 """
+
+import inspect
+from pathlib import Path
 
 import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from kernel_cases import KERNELS
+from kernel_cases import EXEMPT, KERNELS, NEVER_REJECT
 from mcmc_targets import logdensity, targets
+from rows import quick
 
 from smcdiff import mcmc
 from smcdiff.density import LogDensity
@@ -20,6 +26,7 @@ from smcdiff.testing import check_invariance
 
 FALSE_FAIL = 1e-5
 EXACT = [name for name, kernel in KERNELS.items() if kernel.is_exact]
+EXACT_IN_20 = [name for name in EXACT if KERNELS[name].up_to >= 20]
 SCORES_ONLY = [name for name, kernel in KERNELS.items() if kernel.scores_only]
 
 
@@ -57,19 +64,39 @@ def check_stationarity(algorithm, target, num_chains=2000, num_steps=20, seed=0)
     return report
 
 
+def check_row(name, d, target_name, num_chains):
+    """Stationarity of a row, whose step is such that its ratio matters."""
+    target = targets(d)[target_name]
+    algorithm = KERNELS[name].build(target.density(), d, target.step)
+    report = check_stationarity(algorithm, target, num_chains).raise_if_failed()
+    assert report.details["acceptance_rate"] < 0.9 or not KERNELS[name].rejects
+
+
 @pytest.mark.parametrize("target_name", targets(2))
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_kernels_leave_targets_alone(name, target_name):
-    target = targets(2)[target_name]
-    check_stationarity(KERNELS[name].build(target.density(), 2), target).raise_if_failed()
+    check_row(name, 2, target_name, 2000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target_name", targets(20))
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", EXACT_IN_20)
 def test_exact_kernels_leave_targets_alone_in_20_dimensions(name, target_name):
-    target = targets(20)[target_name]
-    check_stationarity(KERNELS[name].build(target.density(), 20), target, 8000, 20).raise_if_failed()
+    check_row(name, 20, target_name, 8000)
+
+
+def test_every_kernel_is_in_the_catalogue_or_is_exempt():
+    """A kernel is what returns a SamplingAlgorithm; rows begin with its name, exemptions name a test of it."""
+    public = {name: getattr(mcmc, name) for name in mcmc.__all__}
+    builders = {
+        name
+        for name, value in public.items()
+        if inspect.isfunction(value) and inspect.signature(value).return_annotation is SamplingAlgorithm
+    }
+    rows = {name.split(",")[0].replace(" ", "_") for name in KERNELS}
+    assert rows.isdisjoint(EXEMPT) and rows | set(EXEMPT) == builders
+    for name, (_, module) in EXEMPT.items():
+        assert f"{name}(" in (Path(__file__).parent / module).read_text(), name
 
 
 @jax.jit
@@ -85,7 +112,7 @@ def test_states_keep_their_form_and_another_target_of_the_same_shape_compiles_no
     for target_name in ("mixture", "skewed"):
         target = LogDensity(Partial(_counted, *targets(2)[target_name].leaves()))
         before = len(_traced)
-        start, state, info = start_and_step(KERNELS[name].build(target, 2), position)
+        start, state, info = start_and_step(KERNELS[name].build(target, 2, 0.6), position)
         counts.append(len(_traced) - before)
     assert counts[0] > 0 and counts[1] == 0
     np.testing.assert_array_equal(start.position, position)
@@ -95,7 +122,7 @@ def test_states_keep_their_form_and_another_target_of_the_same_shape_compiles_no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if not kernel.is_flat])
 def test_positions_may_be_pytrees(name):
     """A dictionary is the flat vector in another guise."""
     leaves = targets(3)["mixture"].leaves()
@@ -106,7 +133,7 @@ def test_positions_may_be_pytrees(name):
     tree = {"a": vector[:1].reshape(()), "b": vector[1:].reshape(2, 1)}
     results = []
     for target, position in ((flat, vector), (named, tree)):
-        algorithm = KERNELS[name].build(target, 3)
+        algorithm = KERNELS[name].build(target, 3, 0.6)
         state, _ = algorithm.step(key, algorithm.init(position, key))
         results.append(state.position)
     assert jax.tree.structure(results[1]) == jax.tree.structure(tree)
@@ -133,7 +160,7 @@ def test_kernels_for_scores_take_targets_without_a_density(name):
         jnp.asarray([0.3, -0.2]),
     )
     results = [
-        start_and_step(KERNELS[name].build(each, 2), position)[1].position
+        start_and_step(KERNELS[name].build(each, 2, 0.6), position)[1].position
         for each in (target, ScoreOnly(target))
     ]
     np.testing.assert_allclose(*results, rtol=1e-6)
@@ -143,10 +170,65 @@ def test_kernels_for_scores_take_targets_without_a_density(name):
 @pytest.mark.parametrize("name", KERNELS)
 def test_double_precision_stays_double(name):
     with jax.enable_x64(True):
-        algorithm = KERNELS[name].build(targets(2)["mixture"].density(), 2)
+        algorithm = KERNELS[name].build(targets(2)["mixture"].density(), 2, 0.6)
         position = jnp.asarray([0.3, -0.2])
         state, info = algorithm.step(jax.random.key(1), algorithm.init(position, jax.random.key(0)))
         assert state.position.dtype == info.acceptance_rate.dtype == jnp.float64
+
+
+def _langevin(h, inverse_mass):
+    """log q(b | a) of an Euler step of Langevin dynamics, up to a constant."""
+
+    def log_proposal(target, a, b):
+        gap = b - a - h * inverse_mass @ target.score(a)
+        return -0.25 / h * gap @ jnp.linalg.solve(inverse_mass, gap)
+
+    return log_proposal
+
+
+_H = 0.2
+_SKEW = np.array([[0.9, 0.3], [0.3, 0.4]])
+PROPOSALS = {
+    # name: (algorithm, log q(b | a))
+    "mala": (lambda target: mcmc.mala(target, _H), _langevin(_H, np.eye(2))),
+    "mala, preconditioned": (
+        lambda target: mcmc.mala(target, _H, inverse_mass_matrix=_SKEW),
+        _langevin(_H, _SKEW),
+    ),
+    "independence": (
+        lambda target: KERNELS["independence"].build(target, 2, 1.0),
+        lambda target, a, b: -0.5 * jnp.sum((b / 1.3) ** 2),
+    ),
+    # Jumps alone, whose proposal given the noisy sample cancels against the likelihood of that.
+    "diffusive gibbs": (
+        lambda target: mcmc.diffusive_gibbs(target, 0.5, 0.6, step_size=1e-30, num_mala_steps=1),
+        lambda target, a, b: 0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", quick(PROPOSALS, "mala, preconditioned", "independence"))
+def test_acceptance_is_the_metropolis_hastings_ratio(name):
+    """min(1, p(b) q(a | b) / p(a) q(b | a)) of the moves a -> b that are made, to rounding."""
+    with jax.enable_x64(True):
+        build, log_proposal = PROPOSALS[name]
+        target = targets(2)["mixture"].density()
+        algorithm = build(target)
+
+        @jax.jit
+        @jax.vmap
+        def step(key, a):
+            state, info = algorithm.step(key, algorithm.init(a, key))
+            b = state.position
+            rate = info.jump_acceptance[0] if name == "diffusive gibbs" else info.acceptance_rate
+            log_ratio = target.logdensity(b) - target.logdensity(a)
+            log_ratio = log_ratio + log_proposal(target, b, a) - log_proposal(target, a, b)
+            return jnp.sum((b - a) ** 2) > 1e-12, rate, log_ratio
+
+        start = jnp.asarray(targets(2)["mixture"].sample(3, 500))
+        moved, rate, log_ratio = map(np.asarray, step(jax.random.split(jax.random.key(3), 500), start))
+    assert moved.sum() > 50 and np.sum(rate[moved] < 0.9) > 10
+    np.testing.assert_allclose(rate[moved], np.minimum(1.0, np.exp(log_ratio[moved])), rtol=1e-8)
 
 
 class _WrongMala:
@@ -177,6 +259,26 @@ class _WrongMala:
 jax.tree_util.register_pytree_node(
     _WrongMala, lambda self: ((self.target, self.h), None), lambda _, children: _WrongMala(*children)
 )
+
+
+def check_finds_what_never_rejects(name, d, target_name, num_chains):
+    target = targets(d)[target_name]
+    report = check_stationarity(NEVER_REJECT[name](target.density(), target.step), target, num_chains)
+    assert np.abs(report.z).max() > 2 * report.bound
+
+
+@pytest.mark.parametrize("target_name", ["mixture", "skewed", "heavy tailed"])
+@pytest.mark.parametrize("name", quick(NEVER_REJECT, "hmc"))
+def test_the_check_finds_a_kernel_that_never_rejects(name, target_name):
+    """At the row's own step: by more than twice the bound. The Gaussian target is left out, on which they err less."""
+    check_finds_what_never_rejects(name, 2, target_name, 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target_name", ["mixture", "skewed", "heavy tailed"])
+@pytest.mark.parametrize("name", NEVER_REJECT)
+def test_the_check_finds_a_kernel_that_never_rejects_in_20_dimensions(name, target_name):
+    check_finds_what_never_rejects(name, 20, target_name, 8000)
 
 
 @pytest.mark.parametrize("target_name", targets(2))

@@ -107,18 +107,23 @@ def test_the_law_of_the_sample_is_reached_from_the_prior():
 
 
 def test_a_falling_rho_ends_near_the_posterior():
+    """The bias is of second order: rho falls by 4 and the gaps by more than 5, where a first order leaves a quarter.
+
+    Both laws are those of the wider noise, and standard errors of 8000 chains are .004 for means, .002 for covariances.
+    """
     truth = posterior("gaussian", 0.0)
-    start = exact(model("gaussian").mixture, N)
+    start = exact(model("gaussian").mixture, 2 * N)
 
     def distance(rho, num_steps):
         x, info, _ = ends(chain("gaussian", problem(), rho), num_steps, start)
-        np.testing.assert_allclose(info.rho, np.broadcast_to(rho, (K,))[-1], rtol=1e-6)
+        last = np.broadcast_to(rho, (K,))[-1]
+        np.testing.assert_allclose(info.rho, last, rtol=1e-6)
+        assert_law(posterior("gaussian", float(last)), x, slack=0.01)
         return np.abs(x.mean(axis=0) - truth.mean()).max(), np.abs(np.cov(x.T) - truth.covariance()).max()
 
-    far, near = distance(1.0, 15), distance(np.geomspace(3.0, 0.1, K), 30)
-    # The bias is of second order in rho; standard errors are about 0.01.
-    assert far[0] > 0.1 and near[0] < 0.3 * far[0]
-    assert far[1] > 0.05 and near[1] < 0.4 * far[1]
+    far, near = distance(0.5, 15), distance(np.geomspace(3.0, 0.125, K), 60)
+    assert far[0] > 0.25 and near[0] < 0.16 * far[0]
+    assert far[1] > 0.08 and near[1] < 0.18 * far[1]
 
 
 def test_without_a_position_it_starts_from_the_prior():
