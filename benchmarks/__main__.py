@@ -49,7 +49,7 @@ def run_one(name: str, options: list[str]) -> dict:
     out = args.out or (None if args.quick else RESULTS / f"{name}.json")
     with Clock() as clock:
         result = module.run(args)
-    if keys and args.keep and out is not None:
+    if keys and args.keep and out is not None and out.exists():
         result = joined(json.loads(out.read_text()), result, keys)
     return finish(name, result, clock, out)
 

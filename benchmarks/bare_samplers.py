@@ -161,7 +161,7 @@ def _parallel_tempering(problem, num_samples, evaluations, rng_key):
     )
     levels = jnp.asarray(tuned.levels)
     algorithm = parallel_tempering(path, levels, mala, _tempered_step(problem, levels), **build)
-    per_step = num_levels * (num_explore + 1)
+    per_step = num_levels * (num_explore + 3)  # the kernel's start, and both densities of a swap
     spent = 7 * pilot * per_step * CHAINS
     samples, spent = _thinned(
         algorithm, problem, num_samples, num_samples * evaluations, per_step, key_run, spent
@@ -181,6 +181,7 @@ def _smc_parts(problem):
 
 
 _LEAPFROGS = 5
+_AT_A_TEMPERATURE = 3  # evaluations for its choice, the weights, and the start of the moves
 
 
 def _smc_settings(problem, beta, dimension):
@@ -195,7 +196,7 @@ def _tempered_smc(problem, num_samples, evaluations, rng_key):
     """BlackJAX's adaptive tempered SMC; a pilot counts the temperatures, the number of moves spends what is left."""
     pilot, temperatures = _run_tempered(problem, num_samples, 1, rng_key)
     left = evaluations - pilot.evaluations // num_samples
-    num_moves = max(1, (left // temperatures - 1) // (_LEAPFROGS + 1))
+    num_moves = max(1, (left // temperatures - _AT_A_TEMPERATURE) // _LEAPFROGS)
     result, _ = _run_tempered(problem, num_samples, num_moves, rng_key)
     return result._replace(evaluations=result.evaluations + pilot.evaluations)
 
@@ -213,7 +214,7 @@ def _run_tempered(problem, num_samples, num_moves, rng_key):
         settings = _smc_settings(problem, state.tempering_param, dimension)
         state, info = step(jax.random.fold_in(rng_key, 1 + count), state, settings)
         log_evidence, count = log_evidence + float(info.log_likelihood_increment), count + 1
-    spent = num_samples * count * (1 + num_moves * (_LEAPFROGS + 1))
+    spent = num_samples * count * (_AT_A_TEMPERATURE + num_moves * _LEAPFROGS)
     samples, weights = np.asarray(state.particles, float), np.asarray(state.weights, float)
     return Result(samples, weights, log_evidence, spent), count
 
@@ -234,9 +235,9 @@ def _persistent_smc(problem, num_samples, evaluations, rng_key):
             settings = _smc_settings(problem, state.tempering_param, dimension)
             state, _ = step(jax.random.fold_in(rng_key, 1 + count), state, settings)
             count += 1
-        spent += size * count * (1 + num_moves * (_LEAPFROGS + 1))
+        spent += size * count * (_AT_A_TEMPERATURE + num_moves * _LEAPFROGS)
         left = num_samples * evaluations - spent
-        num_moves = max(1, (left // (size * count) - 1) // (_LEAPFROGS + 1))
+        num_moves = max(1, (left // (size * count) - _AT_A_TEMPERATURE) // _LEAPFROGS)
     samples = np.asarray(state.persistent_particles, float)[: count + 1].reshape(-1, dimension)
     weights = np.asarray(state.persistent_weights, float)[: count + 1].ravel()
     chosen = np.random.default_rng(0).choice(len(samples), num_samples, p=weights / weights.sum())
