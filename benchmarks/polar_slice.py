@@ -12,9 +12,10 @@ funnel   x_1 ~ N(0, 9), x_i | x_1 ~ N(0, e^{x_1}) in d = 10, width 5. Bars: the 
          over all chains, within 10 % of -+9.2707.
 cost     A chain against a compiled loop of as many evaluations of the density, each at a point that depends on the one
          before, in turns. Beyond its evaluations a step costs the same for every density, tens of microseconds on a
-         CPU: random numbers and loops. Bar: 1.3 times, for a logistic regression of 5000 observations in d = 55, which
-         is small beside its source's. Beside it a smaller one, and the Cauchy law, whose density costs next to
-         nothing, so that the ratio is large.
+         CPU: random numbers and loops. Bars: 1.3 times, for a logistic regression of 5000 observations in d = 55, which
+         is small beside its source's, and for the mixture of the benchmark `chains` with 1, 100 and 10 000 chains.
+         Mapped chains wait in every loop for the one that takes longest. Beside them a smaller regression, and the
+         Cauchy law, whose density costs next to nothing, so that the ratio is large.
 
 The autocorrelation time of a chain is 1 + 2 sum of the first correlations, cut at the first pair of neighbours whose
 sum is negative (Geyer's initial positive sequence, as in Gelman et al., Bayesian Data Analysis, section 11.5), at half
@@ -34,6 +35,7 @@ import numpy as np
 from jax.tree_util import Partial
 from scipy import stats
 
+from benchmarks import chains
 from benchmarks.common import bar, format_table
 from benchmarks.timing import in_turns, spread
 from smcdiff import targets
@@ -41,6 +43,7 @@ from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice
 from smcdiff.run import run as run_chains
 
+KEYS = ("part",)
 PARTS = ("cauchy", "disk", "funnel", "cost")
 CAUCHY_D, DISK_D, FUNNEL_D = 100, 200, 10
 MEDIAN = float(np.sqrt(CAUCHY_D * stats.f.median(CAUCHY_D, 1)))
@@ -57,7 +60,8 @@ def add_arguments(parser):
     parser.add_argument("--disk-steps", type=int, default=10_000)
     parser.add_argument("--funnel-chains", type=int, default=200)
     parser.add_argument("--funnel-steps", type=int, default=50_000)
-    parser.add_argument("--cost-steps", type=int, default=1000)
+    parser.add_argument("--cost-steps", type=int, default=1000, help="of all chains together, and 2 at least")
+    parser.add_argument("--cost-chains", type=int, nargs="+", default=[1, 100, 10_000], help="on the mixture")
     parser.add_argument("--repeats", type=int, default=15, help="of the timing")
 
 
@@ -65,6 +69,7 @@ def run(args) -> dict:
     if args.quick:
         args.chains, args.cauchy_steps, args.nuts_steps, args.disk_steps = 2, 200, 50, 100
         args.funnel_chains, args.funnel_steps, args.cost_steps, args.repeats = 4, 200, 20, 2
+        args.cost_chains = [1, 3]
         args.parts = ["disk", "cost"]  # the others take their time to compile
     parts = {"cauchy": cauchy, "disk": disk, "funnel": funnel, "cost": cost}
     rows, summary, bars = [], [], []
@@ -333,26 +338,36 @@ def funnel(args):
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def chain_alone(algorithm, position, num_steps):
-    """A chain that keeps nothing: its last state, and the evaluations it made."""
+def chains_alone(algorithm, positions, num_steps):
+    """Chains that keep nothing: their last states, and the evaluations that each made."""
 
-    def step(carry, k):
-        state, count = carry
-        state, info = algorithm.step(jax.random.fold_in(jax.random.key(5), k), state)
-        return (state, count + info.num_evaluations), None
+    def chain(position):
+        def step(carry, k):
+            state, count = carry
+            state, info = algorithm.step(jax.random.fold_in(jax.random.key(5), k), state)
+            return (state, count + info.num_evaluations), None
 
-    start = (algorithm.init(position, jax.random.key(5)), jnp.zeros((), jnp.int32))
-    return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
+        start = (algorithm.init(position, jax.random.key(5)), jnp.zeros((), jnp.int32))
+        return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
+
+    return side_by_side(chain, positions)
 
 
 @jax.jit
-def bare(target, position, num_evaluations):
+def bare(target, positions, num_evaluations):
     """Nothing but evaluations, each at a point that depends on the one before."""
 
     def evaluate(_, x):
         return x * (1 + 1e-9 * jnp.tanh(target(x)))
 
-    return jax.lax.fori_loop(0, num_evaluations, evaluate, position)
+    return side_by_side(lambda x: jax.lax.fori_loop(0, num_evaluations, evaluate, x), positions)
+
+
+def side_by_side(chain, positions):
+    """The chains mapped; one alone is not, which spares it the lockstep of loops."""
+    if len(positions) > 1:
+        return jax.vmap(chain)(positions)
+    return jax.tree.map(lambda leaf: leaf[None], chain(positions[0]))
 
 
 def regression(rng, size):
@@ -364,35 +379,51 @@ def regression(rng, size):
 def cost(args):
     rng = np.random.default_rng(6)
     cases = {
-        f"logistic regression, {size} x 55": (regression(rng, size), 1.0, np.full(55, 0.1))
+        f"logistic regression, {size} x 55": (regression(rng, size), 1.0, np.full((1, 55), 0.1))
         for size in (5000, 1000)
     }
-    cases[f"Cauchy, d={CAUCHY_D}"] = (Partial(log_cauchy), 100.0, draw_cauchy(rng, 1)[0])
+    cases[f"Cauchy, d={CAUCHY_D}"] = (Partial(log_cauchy), 100.0, draw_cauchy(rng, 1))
+    mixture = chains.law()
+    draws = mixture.sample(jax.random.key(6), max(args.cost_chains))
+    for count in args.cost_chains:
+        name = f"mixture, d={chains.DIMENSION}, {count} chain{'s' * (count > 1)}"
+        cases[name] = (Partial(log_mixture, mixture), 10.0, draws[:count])
     rows, bars = [], []
     for name, (target, width, start) in cases.items():
         position = jnp.asarray(start, jnp.float32)
+        num_steps = max(2, args.cost_steps // len(position))
         algorithm = polar_slice(target, width)
-        state, _ = chain_alone(algorithm, position, args.cost_steps)
+        state, _ = chains_alone(algorithm, position, num_steps)
         position = state.position  # past the transient
-        _, count = chain_alone(algorithm, position, args.cost_steps)
+        _, counts = chains_alone(algorithm, position, num_steps)
+        count = int(jnp.sum(counts)) // len(position)
         seconds = in_turns(
             {
-                "chain": lambda a=algorithm, x=position: jax.block_until_ready(
-                    chain_alone(a, x, args.cost_steps)
+                "chain": lambda a=algorithm, x=position, n=num_steps: jax.block_until_ready(
+                    chains_alone(a, x, n)
                 ),
                 "bare": lambda t=target, x=position, n=count: jax.block_until_ready(bare(t, x, n)),
             },
             args.repeats,
         )
+        evaluations = count * len(position)
         row = {
             "target": name,
             "sampler": "polar slice",
-            "iterations": args.cost_steps,
-            "evaluations an iteration": float(count) / args.cost_steps,
-            "us an evaluation": 1e6 * np.median(seconds["chain"]) / float(count),
-            "us, bare": 1e6 * np.median(seconds["bare"]) / float(count),
+            "iterations": num_steps,
+            "evaluations an iteration": count / num_steps,
+            "us an evaluation": 1e6 * np.median(seconds["chain"]) / evaluations,
+            "us, bare": 1e6 * np.median(seconds["bare"]) / evaluations,
             **spread("ratio", seconds["chain"] / seconds["bare"]),
         }
         rows.append(row)
-    bars.append(bar(f"cost of an evaluation beside the bare one, {rows[0]['target']}", rows[0]["ratio"], 1.3))
+    bars += [
+        bar(f"cost of an evaluation beside the bare one, {row['target']}", row["ratio"], 1.3)
+        for row in rows
+        if row["target"].startswith("mixture") or row is rows[0]
+    ]
     return rows, rows, bars
+
+
+def log_mixture(mixture, x):
+    return chains.log_density(mixture)(x)

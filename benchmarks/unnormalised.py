@@ -13,7 +13,7 @@ Samplers: `rdmc` (the mean of the denoising posterior; importance sampling in fe
 chains), `diffusive Gibbs`, `parallel tempering` (64 chains each, the first quarter thrown away), BlackJAX's adaptive
 tempered SMC and persistent SMC with HMC, whose step size follows the temperature, BlackJAX's NUTS and NumPyro's, after
 window adaptation.
-Metrics: total variation of the modes' frequencies, error of the log evidence and ratio of the evidence to the exact one,
+Metrics: total variation of the modes' frequencies, error of the log evidence and the evidence over the exact one,
 greatest error of a mean in deviations,
 sliced Kolmogorov-Smirnov distance, unbiased squared maximum mean discrepancy; each beside its floor, the same for as
 many exact samples.

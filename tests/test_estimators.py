@@ -5,18 +5,20 @@ under normality. Keys are fixed.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blackjax.base import SamplingAlgorithm
 from rows import quick
 from scipy import stats
 
 from smcdiff import GaussianMixture, estimators
 from smcdiff.density import as_target
-from smcdiff.estimators import ScoreEstimator
-from smcdiff.mcmc import hmc
+from smcdiff.estimators import ChainsState, ScoreEstimator
+from smcdiff.mcmc import hmc, ula
 
 Z = 5.0
 REFERENCE = (np.array([0.2, -0.3], np.float32), 2.5)
@@ -45,6 +47,25 @@ def _hmc(density, step_size):
     return hmc(density, jnp.sqrt(2.0 * step_size), 2)
 
 
+class _WalkState(NamedTuple):
+    position: jax.Array
+    logdensity: jax.Array
+
+
+def _walk(density, step_size):
+    """Random-walk Metropolis whose info says nothing, and whose state is not that of a leapfrog kernel."""
+
+    def step(key, state):
+        key_move, key_accept = jax.random.split(key)
+        x = state.position
+        new = x + jnp.sqrt(2.0 * step_size) * jax.random.normal(key_move, x.shape, x.dtype)
+        new = _WalkState(new, density.logdensity(new))
+        is_accepted = jnp.log(jax.random.uniform(key_accept)) < new.logdensity - state.logdensity
+        return jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), new, state), None
+
+    return SamplingAlgorithm(lambda x, key: _WalkState(x, density.logdensity(x)), step)
+
+
 # Those with many samples, whose bias (of order one over their number) is below the standard error of 64 keys; the last
 # entry is what is left to the bias of an unadjusted inner chain, in deviations of the posterior.
 ROWS = {
@@ -67,6 +88,18 @@ ROWS = {
         ),
         0.0,
     ),
+    "chains of a walk, combined": (
+        estimators.chains(
+            8,
+            120,
+            kernel=_walk,
+            identity="combined",
+            num_first_steps=60,
+            num_starts=200,
+            evaluations_per_step=1,
+        ),
+        0.0,
+    ),
     "annealed": (estimators.annealed_importance(200, 6), 0.0),
     "annealed from a reference": (
         estimators.annealed_importance(200, 6, reference=REFERENCE, identity="combined"),
@@ -83,7 +116,7 @@ ROWS = {
     ),
     "recursive in two segments": (
         estimators.recursive(
-            estimators.importance(20), depth=2, segment=0.3, num_chains=3, num_steps=18, step_size=0.3
+            estimators.importance(16), depth=2, segment=0.15, num_chains=3, num_steps=18, step_size=0.2
         ),
         0.12,
     ),
@@ -148,6 +181,7 @@ def _exact(index):
         "chains",
         "annealed",
         "annealed smc from a reference",
+        "recursive in two segments",
         "ensemble",
     ),
 )
@@ -302,26 +336,41 @@ def test_identities_trade_places_between_low_and_high_noise():
 
 
 def _counted():
-    """A standard normal log density that counts its evaluations, alone or in batches."""
+    """A standard normal log density that counts its evaluations, alone or in batches, of value, gradient or both."""
     calls = []
 
     def count(x):
         calls.append(int(np.prod(x.shape[:-1])))
-        return np.asarray(-0.5 * np.sum(x**2, axis=-1), np.float32)
+        return np.asarray(-0.5 * np.sum(x**2, axis=-1), np.float32), np.asarray(-x, np.float32)
+
+    def both(x):
+        shapes = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(x.shape, jnp.float32))
+        return jax.pure_callback(count, shapes, x, vmap_method="expand_dims")
 
     @jax.custom_jvp
     def function(x):
-        return jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32), x, vmap_method="expand_dims")
+        return both(x)[0]
 
     @function.defjvp
     def _(primals, tangents):
-        return function(*primals), -jnp.sum(primals[0] * tangents[0])
+        value, gradient = both(*primals)
+        return value, jnp.sum(gradient * tangents[0])
 
     return function, calls
 
 
 @pytest.mark.parametrize(
-    "name", quick(ROWS, "importance", "rejection", "chains", "annealed", "annealed smc", "ensemble")
+    "name",
+    quick(
+        ROWS,
+        "importance",
+        "rejection",
+        "chains",
+        "chains of a walk, combined",
+        "annealed",
+        "annealed smc",
+        "ensemble",
+    ),
 )
 def test_evaluations_are_counted(name):
     function, calls = _counted()
@@ -342,13 +391,72 @@ def test_nothing_accepted_is_flagged():
     assert np.all(np.isfinite(found.denoised))  # what importance sampling would say
 
 
-@pytest.mark.parametrize("name", quick(WITH_MARGINAL[:-1], "importance", "rejection", "annealed smc"))
+def test_a_bound_that_is_exceeded_is_flagged():
+    """Not where rounding does it."""
+    target, is_valid = as_target(lambda x: -0.5 * jnp.sum(x**2)), []
+    for bound in (0.0, -1e-7, -0.5):
+        estimator = estimators.rejection(200, log_bound=bound)
+        state, _ = estimator.init(jax.random.key(0), target, jnp.zeros(2), jnp.ones(()))
+        found, state = _single(estimator, jax.random.key(1), target, jnp.zeros(2), jnp.ones(()), state)
+        is_valid.append(bool(found.is_valid))
+        assert state == np.float32(bound) and found.ess > 1
+    assert is_valid == [True, True, False]
+
+
+def test_chains_that_do_not_move_are_flagged():
+    target, centre, width = as_target(_log_density), jnp.asarray([0.6, 0.1]), jnp.asarray(0.5)
+    for step_size, is_valid in ((0.5, True), (1e12, False)):
+        estimator = estimators.chains(3, 6, step_size=step_size, num_first_steps=6)
+        state, _ = _start(estimator, jax.random.key(0), target, centre, width)
+        found, _ = _single(estimator, jax.random.key(1), target, centre, width, state)
+        assert bool(found.is_valid) is is_valid and 1 <= found.ess <= 9
+
+
+def test_chains_beyond_the_density_are_flagged_until_they_are_back():
+    """Kernels that never reject walk where the density vanishes, and tell nothing; others stay there, or come in."""
+    target = as_target(lambda x: jnp.where(x[0] > 1.0, -0.5 * jnp.sum(x**2), -jnp.inf))
+    width = jnp.asarray(0.5)
+    never = estimators.chains(3, 6, kernel=ula, evaluations_per_step=1)
+    state = ChainsState(jnp.full((3, 2), -9.0), jnp.log(0.01))
+    found, _ = _single(never, jax.random.key(1), target, jnp.asarray([-9.0, -9.0]), width, state)
+    assert not found.is_valid
+    state = ChainsState(jnp.full((3, 2), 0.5), jnp.zeros(()))
+    found, _ = _single(estimators.chains(3, 60), jax.random.key(1), target, jnp.ones(2), width, state)
+    assert found.is_valid and found.denoised[0] > 1.0
+
+
+def test_a_single_chain_has_an_effective_sample():
+    """Its spread is not known: it counts as one sample, and does not make a particle's least number NaN."""
+    target, centre, width = as_target(_log_density), jnp.asarray([0.6, 0.1]), jnp.asarray(0.5)
+    for estimator in (
+        estimators.chains(1, 20),
+        estimators.recursive(estimators.importance(8), num_chains=1, num_steps=4),
+    ):
+        state, _ = _start(estimator, jax.random.key(0), target, centre, width)
+        found, _ = _single(estimator, jax.random.key(1), target, centre, width, state)
+        assert found.is_valid and found.ess == 1
+
+
+@pytest.mark.parametrize("num_steps", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_recursive_effective_sample_size_is_that_of_its_mean(num_steps):
+    """What the spread over keys says of it, whatever the inner estimates say of theirs."""
+    estimator = estimators.recursive(estimators.importance(200), num_chains=8, num_steps=num_steps)
+    found = _estimates(estimator, jax.random.split(jax.random.key(0), 64), CENTRES[1], WIDTHS[1])
+    spread = np.mean(np.var(np.asarray(found.denoised, float), axis=0))
+    exact = np.mean(found.variance) / spread
+    assert 0.5 < np.median(found.ess) / exact < 2.0
+
+
+@pytest.mark.parametrize(
+    "name", quick([*WITH_MARGINAL[:-1], "chains"], "importance", "rejection", "annealed smc", "chains")
+)
 def test_a_density_that_vanishes_at_every_proposal_is_flagged(name):
     target = as_target(lambda x: jnp.where(x[0] > 1e3, 0.0, -jnp.inf) - 0.5 * jnp.sum(x**2))
     estimator = ROWS[name][0]
     state, _ = _start(estimator, jax.random.key(0), target, jnp.zeros(2), jnp.ones(()))
     found, _ = _single(estimator, jax.random.key(1), target, jnp.zeros(2), jnp.ones(()), state)
-    assert not found.is_valid and found.log_marginal == -jnp.inf
+    assert not found.is_valid
+    assert not estimator.has_marginal or found.log_marginal == -jnp.inf
 
 
 def test_running_bound_grows_and_accepts_exactly():
@@ -393,6 +501,8 @@ def test_bad_input_raises():
         estimators.rejection(4, reference=(0.0, -1.0))
     with pytest.raises(ValueError, match=r"^step_size must be positive"):
         estimators.chains(step_size=0.0)
+    with pytest.raises(ValueError, match=r"^evaluations_per_step is needed beside kernel"):
+        estimators.chains(kernel=_hmc)
     with pytest.raises(ValueError, match=r"^target_acceptance must lie in"):
         estimators.annealed_importance(4, target_acceptance=1.5)
     with pytest.raises(ValueError, match=r"^num_moves must be a positive integer"):

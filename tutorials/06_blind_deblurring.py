@@ -115,7 +115,9 @@ data = smcdiff.to_arviz(trace, dims={"x": ["row", "column"]})
 print(az.summary(data, var_names=["width", "noise"]))
 rhat = smcdiff.diagnostics.rhat(trace.samples["x"])
 print(f"R-hat of the pixels: median {np.median(rhat):.3f}, 95 % below {np.quantile(rhat, 0.95):.3f}")
-print(f"accepted: {trace.info['x.acceptance_rate'].mean():.0%}, noise of a step: {trace.info['x.rho'][:, -1]}")
+print(
+    f"accepted: {trace.info['x.acceptance_rate'].mean():.0%}, noise of a step: {trace.info['x.rho'][:, -1]}"
+)
 print(f"divergences of NUTS: {int(trace.info['diverging'].sum())}")
 
 # %% [markdown]

@@ -5,7 +5,8 @@ the first half of their steps tunes the step size to an acceptance rate and is t
 At the first level they begin at points resampled from importance proposals, and run longer. Good in many dimensions,
 once q has one mode: r below the distance of the target's modes.
 
-The effective sample size compares the spread of the chains' means with that of all samples.
+The effective sample size compares the spread of the chains' means with that of all samples. An estimate is flagged
+where no chain has moved, or one ends where the density vanishes.
 
 Sources: Huang et al., "Reverse Diffusion Monte Carlo", arXiv 2307.02037; Grenioux et al., "Stochastic Localization via
 Iterative Posterior Sampling", arXiv 2402.10758 (persistent chains).
@@ -29,6 +30,7 @@ from smcdiff.estimators.estimator import (
     ScoreEstimator,
     as_reference,
     check_identity,
+    ess_of_chains,
     proposal,
     summarise,
 )
@@ -89,15 +91,15 @@ class _Chains(ScoreEstimator):
         tuning = self.num_steps // 2
         states, log_step_size = self._tune(key_tune, target, centre, width, state, tuning)
         algorithm = self._algorithm(target, centre, width, log_step_size)
+        start = states.position
 
         def step(states, key):
             keys = jax.random.split(key, self.num_chains)
             states, _ = jax.vmap(algorithm.step)(keys, states)
             return states, (states.position, self._gradient(target, centre, width, states))
 
-        states, (samples, gradients) = jax.lax.scan(
-            step, states, jax.random.split(key_run, self.num_steps - tuning)
-        )
+        num_kept = self.num_steps - tuning
+        states, (samples, gradients) = jax.lax.scan(step, states, jax.random.split(key_run, num_kept))
         merge = functools.partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *centre.shape))
         flat = merge(samples)
         denoised, draw, variance, _, is_valid = summarise(
@@ -109,9 +111,15 @@ class _Chains(ScoreEstimator):
             width,
             self.identity,
         )
-        nothing = jnp.asarray(jnp.nan, flat.dtype)
+        values = states.logdensity if _knows_density(states) else jax.vmap(target.logdensity)(states.position)
+        is_valid &= jnp.any(samples != start[None]) & jnp.all(jnp.isfinite(values))
         count = self._count(self.num_steps)
-        estimate = Estimate(denoised, draw, variance, nothing, _chains_ess(samples), is_valid, count)
+        count += 0 if _knows_density(states) else self.num_chains
+        if self.identity != "denoising" and not isinstance(states, HamiltonianState):
+            count += self.num_chains * num_kept
+        nothing = jnp.asarray(jnp.nan, flat.dtype)
+        ess = ess_of_chains(jnp.mean(samples, axis=0), variance, len(flat))
+        estimate = Estimate(denoised, draw, variance, nothing, ess, is_valid, count)
         return estimate, ChainsState(states.position, log_step_size)
 
     def _algorithm(self, target, centre, width, log_step_size):
@@ -129,7 +137,10 @@ class _Chains(ScoreEstimator):
             states, log_step_size = carry
             algorithm = self._algorithm(target, centre, width, log_step_size)
             states, infos = jax.vmap(algorithm.step)(jax.random.split(key, self.num_chains), states)
-            change = _GAIN * (jnp.mean(infos.acceptance_rate) - self.target_acceptance)
+            rate = getattr(
+                infos, "acceptance_rate", self.target_acceptance
+            )  # slices have none to be tuned by
+            change = _GAIN * (jnp.mean(rate) - self.target_acceptance)
             return (states, log_step_size + jnp.where(jnp.isnan(change), -_GAIN, change)), None
 
         (states, log_step_size), _ = jax.lax.scan(
@@ -158,7 +169,7 @@ def chains(
     target_acceptance: float = 0.65,
     num_first_steps: int | None = None,
     num_starts: int = 64,
-    evaluations_per_step: int = 1,
+    evaluations_per_step: int | None = None,
     reference: tuple[Float[Array, "*event"] | float, Float[Array, "*event"] | float] | None = None,
     identity: str = "denoising",
 ) -> ScoreEstimator:
@@ -169,8 +180,8 @@ def chains(
     num_chains, num_steps
         Chains for every noisy sample, and their steps at every noise level, of which the second half is averaged.
     kernel
-        ``kernel(density, step_size) -> SamplingAlgorithm`` whose info has an ``acceptance_rate``;
-        `smcdiff.mcmc.mala` by default.
+        ``kernel(density, step_size) -> SamplingAlgorithm``, `smcdiff.mcmc.mala` by default. The step size stays what
+        it is if the kernel's info has no ``acceptance_rate``.
     step_size
         First step size, in units of the proposal's variance times d^(-1/3), positive.
     target_acceptance
@@ -180,7 +191,9 @@ def chains(
     num_starts
         Importance proposals from which the first positions are resampled.
     evaluations_per_step
-        What one step of ``kernel`` costs, for the count; 1 for MALA.
+        What one step of ``kernel`` costs, for the count; needed if ``kernel`` is given. Where its state knows neither
+        log density nor score, as those of `smcdiff.mcmc.hmc` and its kin do, what the estimate needs of them is
+        evaluated, and counted on top.
     reference, identity
         As in `smcdiff.estimators.importance`.
 
@@ -191,17 +204,24 @@ def chains(
     Raises
     ------
     ValueError
-        If a number is out of range, ``reference`` is no pair with a positive deviation, or ``identity`` is unknown.
+        If a number is out of range, ``reference`` is no pair with a positive deviation, ``identity`` is unknown, or
+        ``kernel`` comes without ``evaluations_per_step``.
 
     Source: "Reverse Diffusion Monte Carlo", arXiv 2307.02037.
     """
+    if kernel is not None and evaluations_per_step is None:
+        raise ValueError(
+            "evaluations_per_step is needed beside kernel: how often one of its steps evaluates the density, for "
+            "instance the number of leapfrog steps."
+        )
+    per_step = 1 if evaluations_per_step is None else evaluations_per_step
     first = 4 * num_steps if num_first_steps is None else num_first_steps
     for name, value in (
         ("num_chains", num_chains),
         ("num_steps", num_steps),
         ("num_first_steps", first),
         ("num_starts", num_starts),
-        ("evaluations_per_step", evaluations_per_step),
+        ("evaluations_per_step", per_step),
     ):
         check_count(name, value)
     check_positive("step_size", step_size)
@@ -216,18 +236,10 @@ def chains(
         num_steps,
         first,
         num_starts,
-        evaluations_per_step,
+        per_step,
         identity,
     )
 
 
-def _chains_ess(samples):
-    """From samples (steps, chains, *event): how many independent ones would spread as the chains' means do."""
-    steps, num_chains = samples.shape[:2]
-    flat = samples.reshape(steps, num_chains, -1)
-    if num_chains < 2:
-        return jnp.asarray(jnp.nan, flat.dtype)
-    within = jnp.mean(jnp.var(flat, axis=(0, 1)))
-    between = jnp.mean(jnp.var(jnp.mean(flat, axis=0), axis=0, ddof=1))
-    ratio = within / jnp.where(between > 0, between, 1.0)
-    return jnp.where(between > 0, jnp.clip(num_chains * ratio, 1.0, 1.0 * steps * num_chains), 1.0)
+def _knows_density(states):
+    return isinstance(states, HamiltonianState) and states.logdensity is not None

@@ -13,7 +13,8 @@ of x_0 have the denoised sample as their mean under q,
 the first with less variance at high noise and the second at low noise: for modes of deviation tau their variances are
 about r^2 tau^2 / (r^2 + tau^2) times 1 and r^2 / tau^2. Their difference is r^2 grad log q(x_0), of mean zero, and
 serves as a control variate: the combination x_0 + a (c + r^2 grad log pi(x_0) - x_0) has the least variance for the
-regression coefficient a, taken for every coordinate; it is exact for a Gaussian pi with a diagonal covariance.
+regression coefficient a, taken for every coordinate; it is exact for a Gaussian pi with a diagonal covariance. Both
+need a pi without hard edges: the gradient does not see where pi jumps, and its mean is then not 0 under pi.
 
 An estimator draws weighted samples from q. Those that draw from a Gaussian proposal, N(c, r^2 I) or what becomes of it
 if a Gaussian reference N(m, s^2) is known that covers the target, give an unbiased estimate of
@@ -42,6 +43,7 @@ __all__ = [
     "ScoreEstimator",
     "as_reference",
     "check_identity",
+    "ess_of_chains",
     "proposal",
     "summarise",
 ]
@@ -65,8 +67,8 @@ class Estimate(NamedTuple):
     ess
         Effective number of samples from q behind the estimate.
     is_valid
-        False where the estimate is not what it should be: no proposal was accepted, every weight is zero, or a value
-        is not finite.
+        False where the estimate is not what it should be: no proposal was accepted, every weight is zero, a bound was
+        exceeded, no chain has moved, one is where the density vanishes, or a value is not finite.
     num_evaluations
         Evaluations of the target's log density, with its gradient where that is used.
     """
@@ -267,3 +269,27 @@ def summarise(
     is_valid &= jnp.all(jnp.isfinite(denoised))
     shape = centre.shape
     return denoised.reshape(shape), samples[chosen], variance, 1.0 / square_sum, is_valid
+
+
+def ess_of_chains(
+    means: Float[Array, "chains *event"], variance: Float[Array, ""], most: Float[Array, ""] | float
+) -> Float[Array, ""]:
+    """How many independent samples would have a mean as sure as that of chains is, by the spread of theirs.
+
+    Parameters
+    ----------
+    means
+        Mean of each chain.
+    variance
+        Of one sample, averaged over coordinates.
+    most
+        Upper bound.
+
+    Returns
+    -------
+    From 1 to ``most``; 1 where the chains' means do not differ, as that of a single chain.
+    """
+    num_chains = means.shape[0]
+    between = jnp.mean(jnp.var(means, axis=0, ddof=min(1, num_chains - 1)))
+    ratio = num_chains * variance / jnp.where(between > 0, between, 1.0)
+    return jnp.where(between > 0, jnp.clip(ratio, 1.0, most), 1.0)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smcdiff.checks import check_count
@@ -45,6 +46,7 @@ class _Importance(ScoreEstimator):
         samples = prior.draw(key_samples, self.num_samples, self.antithetic)
         values, gradients = evaluate(target, samples, self.identity)
         log_weights = values - jax.vmap(prior.log_reference)(samples)
+        log_weights = jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights)
         denoised, draw, variance, ess, is_valid = summarise(
             key_draw, samples, log_weights, gradients, centre, width, self.identity
         )
@@ -72,6 +74,7 @@ def importance(
         Draw the proposals in mirrored pairs.
     identity
         "denoising", "target" (which has less variance at low noise, by gradients) or "combined", by gradients as well.
+        The last two need a density without hard edges.
 
     Returns
     -------

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from smcdiff.checks import check_count, check_positive
-from smcdiff.estimators.estimator import Estimate, ScoreEstimator
+from smcdiff.estimators.estimator import Estimate, ScoreEstimator, ess_of_chains
 
 __all__ = ["recursive"]
 
@@ -82,7 +82,11 @@ class _Recursive(ScoreEstimator):
             kept.draw[chosen],
             variance,
             jnp.asarray(jnp.nan, centre.dtype),
-            jnp.mean(kept.ess),
+            ess_of_chains(
+                jnp.mean(found.denoised[self.num_steps // 2 :], axis=0),
+                variance,
+                jnp.mean(kept.ess) * kept.ess.shape[0],
+            ),
             jnp.all(kept.is_valid) & jnp.all(jnp.isfinite(denoised)),
             _total(found.num_evaluations, self.num_chains * self.num_steps),
         )
@@ -117,7 +121,8 @@ def recursive(
 
     Returns
     -------
-    ScoreEstimator, without an estimate of the marginal; its ``ess`` is that of the last segment.
+    ScoreEstimator, without an estimate of the marginal; its ``ess`` compares the spread of the chains' means with the
+    variance, and is 1 for a single chain.
 
     Raises
     ------

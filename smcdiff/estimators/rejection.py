@@ -6,7 +6,7 @@ as B is a bound; else B is the greatest l seen so far, of which the state keeps 
 gradients; the share accepted falls exponentially in the dimension.
 
 Where nothing is accepted the estimate says so (``is_valid`` is False), and is that of importance sampling with the same
-proposals.
+proposals. It is flagged as well where l exceeds a B that was given, by more than rounding does.
 
 Source: He, Rojas and Tao, "Zeroth-Order Sampling Methods for Non-Log-Concave Distributions", arXiv 2402.17886.
 """
@@ -34,6 +34,8 @@ from smcdiff.estimators.importance import evaluate
 
 __all__ = ["rejection"]
 
+_ROUNDING = 1e-3  # of the log density, by which a bound may be exceeded
+
 
 class _Rejection(ScoreEstimator):
     has_marginal: ClassVar[bool] = True
@@ -54,9 +56,9 @@ class _Rejection(ScoreEstimator):
         samples = prior.draw(key_samples, self.num_proposals)
         values, gradients = evaluate(target, samples, self.identity)
         log_ratios = values - jax.vmap(prior.log_reference)(samples)
-        bound = state
-        if self.log_bound is None:
-            bound = jnp.maximum(state, jnp.max(jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)))
+        log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
+        greatest = jnp.max(log_ratios)
+        bound = jnp.maximum(state, greatest) if self.log_bound is None else state
         height = jnp.log1p(-jax.random.uniform(key_accept, log_ratios.shape, log_ratios.dtype))
         accepted = height < log_ratios - bound
         any_accepted = jnp.any(accepted)
@@ -71,7 +73,7 @@ class _Rejection(ScoreEstimator):
             variance,
             log_marginal,
             jnp.where(any_accepted, ess, 0.0),
-            is_valid & any_accepted,
+            is_valid & any_accepted & (greatest <= bound + _ROUNDING),
             self.num_proposals,
         )
         return estimate, bound
@@ -92,7 +94,7 @@ def rejection(
         Number of proposals, each of which costs one evaluation.
     log_bound
         Upper bound of the target's log density (of its difference to the reference's, if there is one). Without it the
-        greatest value seen so far takes its place.
+        greatest value seen so far takes its place. Estimates that find a greater one are flagged.
     reference, identity
         As in `smcdiff.estimators.importance`.
 

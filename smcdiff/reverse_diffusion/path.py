@@ -2,7 +2,8 @@
 
 A path is a function of x and t, so its estimates must not depend on who asks when: the random numbers behind the
 estimate at (x, t) are a hash of x and t. Errors at different points are independent, and the same point always gives
-the same answer, so that every sampler of the library can run on the path.
+the same answer, so that every sampler of the library can run on the path. Where the estimator flags its estimate, the
+denoised sample and the score are NaN.
 
 Where the estimator has one, ``at(t).logdensity`` is the log of an unbiased estimate of the marginal. A Metropolis
 kernel on it is a pseudo-marginal one (Andrieu and Roberts): it leaves p_t alone exactly, however noisy the estimates.
@@ -60,13 +61,18 @@ class RdmcPath(Composable, eqx.Module):
         return estimate._replace(num_evaluations=estimate.num_evaluations + first)
 
     def denoise(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
-        """Estimate of E[x_0 | x_t = x]."""
-        return self.fresh_estimate(x, t).denoised
+        """Estimate of E[x_0 | x_t = x], for t > 0; NaN where it is flagged."""
+        estimate = self.fresh_estimate(x, t)
+        return jnp.where(estimate.is_valid, estimate.denoised, jnp.nan)
 
     def score(self, x: Float[Array, "*event"], t: Float[Array, ""]) -> Float[Array, "*event"]:
-        """Estimate of the score at time ``t``, for t > 0."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return (alpha * self.denoise(x, t) - x) / sigma**2
+        """Estimate of the score at time ``t``, NaN where it is flagged; at t = 0 the target's own."""
+
+        def estimated(x):
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            return (alpha * self.denoise(x, t) - x) / sigma**2
+
+        return jax.lax.cond(t > 0, estimated, self.target.score, x)
 
     def at(self, t: Float[Array, ""]) -> Marginal:
         """The density at time ``t``; with a log density where the estimator has an unbiased marginal."""
