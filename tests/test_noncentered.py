@@ -8,8 +8,8 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.infer.util import log_density
+from ppl_models import A, Y, copies, counts, gaussian, gaussian_1d, linear
 from scipy import stats
-from test_ppl_infer import A, Y, copies, counts, gaussian, gaussian_1d, linear
 
 import smcdiff
 from smcdiff import guidance, inverse, schedules

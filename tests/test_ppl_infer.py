@@ -1,4 +1,4 @@
-"""Diffusion priors in NumPyro models: the distribution, the likelihood that a model implies, and joint posteriors.
+"""Joint posteriors of NumPyro models with a diffusion prior.
 
 The reverse chain of Gaussian data is Gaussian whatever its number of steps, so that posteriors under the discretised
 prior, for which particle Gibbs is exact, are integrals over two numbers at most. Chains are independent, and means over
@@ -16,261 +16,39 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro import handlers
-from numpyro.infer import MCMC, NUTS, Gibbs, Predictive
+from numpyro.infer import MCMC, NUTS, Gibbs
+from ppl_models import (
+    COUNTS,
+    A,
+    Y,
+    copies,
+    counts,
+    gaussian,
+    gaussian_1d,
+    linear,
+)
 from rows import quick
 from scipy import stats
 from test_steering import chain_law
 
 import smcdiff
-from smcdiff import analytic, guidance, inverse, schedules
+from smcdiff import guidance, schedules
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.ppl import (
     DiffusionPrior,
     ParticleGibbs,
     ParticleMarginal,
-    SiteLikelihood,
     as_numpyro_kernel,
     gibbs_sweep,
     infer,
     infer_smc,
-    local_twist,
     noise_slice,
     noncenter,
 )
-from smcdiff.ppl.call import model_call
-from smcdiff.smc import particle_gibbs
 
 pytestmark = pytest.mark.lenient_promotion  # of NumPyro's NUTS and Gibbs
 
 Z, STEPS = 5.0, 16
-A = np.array([[1.0, -0.6], [0.3, 0.8]], np.float32)
-Y = np.array([1.7, -0.2], np.float32)
-COVARIANCE = np.array([[1.1, 0.4], [0.4, 0.6]])
-
-
-@functools.cache
-def gaussian():
-    return smcdiff.GaussianDiffusion(np.array([0.6, -0.8]), COVARIANCE, schedules.cosine())
-
-
-@functools.cache
-def gaussian_1d():
-    return smcdiff.GaussianDiffusion(np.array([0.6]), np.array([[0.7]]), schedules.cosine())
-
-
-@functools.cache
-def mixture():
-    return analytic.GaussianMixtureDiffusion.create(
-        jnp.array([0.7, 0.3]), jnp.array([[-1.5, 0.5], [1.0, -1.0]]), jnp.asarray(COVARIANCE), schedules.vp()
-    )
-
-
-def network():
-    """A model with scores and no density."""
-    return smcdiff.Diffusion({"gain": jnp.array(0.3)}, _apply, schedules.vp(), "eps", (2,))
-
-
-def _apply(params, x, t):
-    return params["gain"] * x
-
-
-# The distribution -----------------------------------------------------------------------------------------------------
-
-
-def test_it_draws_the_samples_of_the_reverse_process_under_plates_and_in_predictive():
-    def model(diffusion):
-        with numpyro.plate("copies", 3):
-            numpyro.sample("x", DiffusionPrior(diffusion))
-
-    draws = Predictive(model, num_samples=1000)(jax.random.key(0), mixture())["x"]
-    assert draws.shape == (1000, 3, 2)
-    mean = np.asarray(mixture().mixture.mean())
-    std = np.sqrt(np.diag(np.asarray(mixture().mixture.covariance())))
-    # 3000 draws; the chain of 100 steps is off by less than .01 in the mean and .02 in the deviation.
-    np.testing.assert_allclose(
-        np.asarray(draws).mean((0, 1)), mean, atol=0.01 + Z * std.max() / np.sqrt(3000)
-    )
-    np.testing.assert_allclose(np.asarray(draws).std((0, 1)), std, rtol=0.02 + Z / np.sqrt(2 * 3000))
-
-
-def test_its_density_is_the_models_own():
-    prior, x = DiffusionPrior(mixture()), jnp.array([[0.3, -0.2], [-1.0, 1.0]])
-    expected = jax.vmap(mixture().at(jnp.zeros(())).logdensity)(x)
-    np.testing.assert_allclose(prior.log_prob(x), expected, rtol=1e-5)
-    np.testing.assert_allclose(prior.expand([2]).to_event(1).log_prob(x), expected.sum(), rtol=1e-5)
-    assert prior.log_prob(x[0]).shape == () and prior.event_shape == (2,) and prior.support(x).all()
-
-
-@pytest.mark.slow
-def test_the_flows_density_is_that_of_the_exact_model_with_its_noise():
-    x, noise = jnp.array([0.3, -0.2]), np.exp(-4.0)
-    smeared = mixture().mixture.diffuse(jnp.ones(()), jnp.asarray(noise))
-
-    @jax.jit
-    def value_and_grad(model, x):
-        density = functools.partial(smcdiff.ode_logdensity, model, log_snr_max=4.0, rtol=1e-5, atol=1e-5)
-        return jax.value_and_grad(density)(x)
-
-    value, gradient = value_and_grad(mixture(), x)
-    # The flow ends in N(0, sigma^2 I), without what is left of the mean: .003 here.
-    np.testing.assert_allclose(value, smeared.logdensity(x), atol=1e-2)
-    np.testing.assert_allclose(gradient, smeared.score(x), atol=2e-2)
-    estimates = [
-        float(smcdiff.ode_logdensity(gaussian(), x, num_probes=n, log_snr_max=4.0)) for n in (None, 400)
-    ]
-    # Signs estimate a trace of a symmetric matrix with the variance 2 sum of squares off the diagonal, .4^2 at most.
-    assert abs(estimates[0] - estimates[1]) < 0.2
-    assert np.isnan(smcdiff.ode_logdensity(gaussian(), x, max_steps=2))
-
-
-def test_weights_are_leaves():
-    count = []
-
-    @jax.jit
-    def draw(key, prior):
-        count.append(1)
-        return prior.sample(key, (4,))
-
-    scaled = jax.tree.map(lambda leaf: 2.0 * leaf, network())
-    first, second = (draw(jax.random.key(0), DiffusionPrior(m, num_steps=4)) for m in (network(), scaled))
-    assert len(count) == 1 and not np.allclose(first, second)
-
-
-def test_a_density_that_is_not_known_is_not_made_up():
-    with pytest.raises(TypeError, match=r"scores of a Diffusion and no density.*smcdiff\.infer.*pf_ode"):
-        DiffusionPrior(network()).log_prob(jnp.zeros(2))
-    assert np.isfinite(DiffusionPrior(network(), log_density="pf_ode").log_prob(jnp.zeros(2)))
-    with pytest.raises(ValueError, match=r"must end with the axes \(2,\).*got shape \(3,\)"):
-        DiffusionPrior(mixture()).log_prob(jnp.zeros(3))
-    with pytest.raises(ValueError, match="log_density must be None or"):
-        DiffusionPrior(mixture(), log_density="ode")
-    with pytest.raises(TypeError, match="DiffusionPrior needs a target with the capability DiffusionModel"):
-        DiffusionPrior(dist.Normal(0.0, 1.0))
-
-
-# The likelihood of a site ---------------------------------------------------------------------------------------------
-
-
-def linear(diffusion, matrix, y):
-    gain = numpyro.sample("gain", dist.Normal(1.0, 0.3))
-    noise = numpyro.sample("noise", dist.LogNormal(-0.5, 0.4))
-    x = numpyro.sample("x", DiffusionPrior(diffusion))
-    numpyro.deterministic("signal", gain * (matrix @ x))
-    numpyro.sample("y", dist.Normal(gain * (matrix @ x), noise).to_event(1), obs=y)
-
-
-def correlated(diffusion, matrix, y):
-    x = numpyro.sample("x", DiffusionPrior(diffusion))
-    numpyro.sample("y", dist.MultivariateNormal(matrix @ x, jnp.asarray(COVARIANCE, x.dtype)), obs=y)
-
-
-def weighted(diffusion, matrix, y):
-    x = numpyro.sample("x", DiffusionPrior(diffusion))
-    with handlers.scale(scale=4.0):
-        numpyro.sample("y", dist.Normal(matrix @ x, 0.5).to_event(1), obs=y)
-
-
-LINEAR = {"linear": linear, "correlated": correlated, "weighted": weighted}
-
-
-def whitened(name):
-    """Square root of the precision of the measurement, and the values of the other sites."""
-    given = {"gain": jnp.array(1.2), "noise": jnp.array(0.5)} if name == "linear" else {}
-    root = {
-        "linear": np.eye(2) / 0.5,
-        "correlated": np.linalg.inv(np.linalg.cholesky(COVARIANCE)),
-        "weighted": np.eye(2) / 0.25,
-    }[name]
-    return root, (1.2 if name == "linear" else 1.0) * A, given
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_linear_gaussian_model_is_its_inverse_problem(name):
-    root, matrix, given = whitened(name)
-    site = SiteLikelihood(model_call(LINEAR[name], (gaussian(), A, Y), {}), given, "x")
-    x, other = jnp.array([0.4, -1.0]), jnp.array([-0.7, 0.1])
-    assert site.kinds(x) == (["y"], [])
-    local = site.linearize(x)
-    np.testing.assert_allclose(local.residual(x), root @ (Y - matrix @ np.asarray(x)), rtol=1e-5)
-    np.testing.assert_allclose(local.operator.matrix(), root @ matrix, rtol=1e-5)
-    np.testing.assert_allclose(local.adjoint(Y), (root @ matrix).T @ Y, rtol=1e-5)
-    expected = local.log_likelihood(other) - local.log_likelihood(x)
-    np.testing.assert_allclose(site.log_likelihood(other) - site.log_likelihood(x), expected, rtol=1e-4)
-    assert site.log_rest(x) == 0.0
-
-
-def counts(diffusion, y, squares):
-    shift = numpyro.sample("shift", dist.Normal(0.0, 0.5))
-    x = numpyro.sample("x", DiffusionPrior(diffusion))[0]
-    with numpyro.plate("counts", len(y)):
-        numpyro.sample("y", dist.Poisson(jnp.exp(0.7 * x + shift)), obs=y)
-    numpyro.sample("square", dist.Normal(x**2 + shift, 0.8), obs=squares)
-
-
-COUNTS = np.array([2, 0, 3, 1]), np.array(1.3, np.float32)
-
-
-def test_what_is_not_linear_is_linearised_and_what_is_not_gaussian_counts_as_it_is():
-    given = {"shift": jnp.array(0.2)}
-    site = SiteLikelihood(model_call(counts, (gaussian_1d(), *COUNTS), {}), given, "x")
-    x = jnp.array([0.9])
-    assert site.kinds(x) == (["square"], ["y"])
-    np.testing.assert_allclose(site.linearize(x).operator.matrix(), [[2 * 0.9 / 0.8]], rtol=1e-5)
-    rate = np.exp(0.7 * 0.9 + 0.2)
-    poisson = stats.poisson(rate).logpmf(COUNTS[0]).sum()
-    np.testing.assert_allclose(site.log_rest(x), poisson, rtol=1e-5)
-    normal = stats.norm(0.9**2 + 0.2, 0.8).logpdf(1.3)
-    prior = stats.norm(0, 0.5).logpdf(0.2)
-    np.testing.assert_allclose(site.log_likelihood(x), poisson + normal + prior, rtol=1e-5)
-
-    # Its twist is the product of both parts', whose shift is the gradient at the denoised sample.
-    t = jnp.array(0.3)
-    value = local_twist(guidance.dps)(gaussian_1d(), site, x, t)
-
-    def log_psi(x):
-        denoised = gaussian_1d().denoise(x, t)
-        return site.log_likelihood(denoised) - prior
-
-    scale = gaussian_1d().schedule.sigma(t) ** 2 / gaussian_1d().schedule.alpha(t)
-    np.testing.assert_allclose(value.shift, scale * jax.grad(log_psi)(x), rtol=1e-4)
-
-
-@pytest.mark.parametrize("order", quick([1, 2], 2))
-def test_a_path_is_retraced_as_it_came_about(order):
-    """The same particles and increments; under another measurement, those that SMC would have given it."""
-    times = smcdiff.log_snr_times(gaussian().schedule, STEPS)
-    problems = [inverse.InverseProblem(inverse.dense(A, (2,)), Y + shift, 0.5) for shift in (0.0, 1.0)]
-    ours, other = (
-        smcdiff.tds(gaussian(), p, times=times, order=order, twist=guidance.moment_matching())
-        for p in problems
-    )
-    path = particle_gibbs(ours, 2, backward=False).init(None, jax.random.key(1)).position
-    particles, increments = jax.jit(lambda fk, x: fk.retrace(x))(ours, path.particles.x)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), path.particles, particles
-    )
-    np.testing.assert_allclose(increments, path.log_increments, rtol=1e-3, atol=1e-3)
-
-    # The product of all weights is the likelihood at the end times the ratio of chain and steered chain.
-    particles, increments = jax.jit(lambda fk, x: fk.retrace(x))(other, path.particles.x)
-    np.testing.assert_allclose(
-        particles.value.log_twist[-1], problems[1].log_likelihood(path.particles.x[-1]), rtol=1e-5
-    )
-    if order == 1:
-        again = [
-            other.log_transition(
-                jax.tree.map(lambda leaf, k=k: leaf[k], particles),
-                jax.tree.map(lambda leaf, k=k: leaf[k + 1], particles),
-                k,
-            )[1]
-            for k in range(STEPS - 1)
-        ]
-        np.testing.assert_allclose(increments[1:-1], again, rtol=1e-3, atol=1e-3)
-    assert np.abs(increments - path.log_increments).max() > 0.1
-
-
-# Joint posteriors -----------------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -361,13 +139,6 @@ def _moved_exact(order=2):
     gain = joint[:, 1:] @ np.linalg.inv(joint[1:, 1:] + 0.36 * np.eye(2))
     mean, joint = mean + gain @ (Y - mean[1:]), joint - gain @ joint[1:]
     return np.array([mean[0], mean[0] ** 2 + joint[0, 0], mean[1], mean[2] ** 2 + joint[2, 2]])
-
-
-def copies(diffusion, y):
-    """Two unknown samples under a plate, each with a measurement."""
-    with numpyro.plate("copy", 2):
-        x = numpyro.sample("x", DiffusionPrior(diffusion))
-        numpyro.sample("y", dist.Normal(x, 0.6).to_event(1), obs=y)
 
 
 TWO = np.array([[1.7, -0.2], [-0.5, 0.4]], np.float32)
