@@ -134,13 +134,19 @@ KERNELS = {  # and by what the prior is blurred
 ROWS = {f"{kernel}, {case}": (kernel, case) for case in CASES for kernel in KERNELS}
 
 
-@functools.cache
 def posterior(name, kernel="split Gibbs"):
-    model, args, *_ = CASES[name]
+    return inferred(name, kernel, 0.0)
+
+
+@functools.cache
+def inferred(name, kernel, added):
+    """The joint posterior, with ``added`` to the last of the data."""
+    model, (*given, y), *_ = CASES[name]
     return ppl.infer(
         jax.random.key(2),
         model,
-        *args,
+        *given,
+        y if y is None else y + np.float32(added),
         kernels={"x": KERNELS[kernel][0]},
         num_warmup=60,
         num_samples=200,
@@ -196,6 +202,17 @@ def test_a_linear_model_is_drawn_without_rejection_and_others_with_some():
     np.testing.assert_array_equal(posterior("counts").info["x.solve_residual"], 0.0)
     signal = posterior("linear").samples["signal"]
     np.testing.assert_allclose(signal, posterior("linear").samples["x"] @ A.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_new_data_compile_nothing(kernel):
+    inferred("linear", kernel, 0.0)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    inferred("linear", kernel, 1.0)
+    assert not [event for event in compiled if "backend_compile" in event]
+    jax.jit(lambda x: x + 1.0)(jnp.ones(7))  # the listener would have heard of a program
+    assert [event for event in compiled if "backend_compile" in event]
 
 
 def test_the_warm_up_tunes_the_noise_and_freezes_it():

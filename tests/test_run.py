@@ -90,6 +90,9 @@ PARTS = {
     ),
     "cycle of a mixture": lambda: smcdiff.mcmc.cycle([PARTS["mixture"]()]),
     "gibbs": lambda: smcdiff.mcmc.gibbs(_half_planes, {"x": _mala}),
+    "denoising Langevin Gibbs": lambda: smcdiff.mcmc.denoising_langevin_gibbs(
+        smcdiff.mcmc.tempered(_half_plane), jnp.asarray([0.5, 1.0]), step_size=0.1
+    ),
     "parallel tempering": lambda: smcdiff.mcmc.parallel_tempering(
         smcdiff.mcmc.tempered(_half_plane),
         jnp.asarray([1.0, 0.5]),
@@ -99,7 +102,9 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", quick(PARTS, "mixture", "gibbs", "parallel tempering"))
+@pytest.mark.parametrize(
+    "name", quick(PARTS, "mixture", "gibbs", "parallel tempering", "denoising Langevin Gibbs")
+)
 def test_kernels_that_carry_no_density_refuse_such_a_start_too(name):
     position = {"x": START} if name == "gibbs" else START
     with pytest.raises(ValueError, match=r"chain 2 starts with a density.*parts.*1 of 3 chains"):

@@ -39,10 +39,13 @@ class DenoisingLangevinGibbsState(NamedTuple):
         Noisy sample, of the law p_t at the time of its level.
     level
         Number of its time in the grid.
+    is_start_valid
+        Whether the densities of all levels are finite where the chain started, and the score of its first one.
     """
 
     position: Float[Array, "*event"]
     level: Int[Array, ""]
+    is_start_valid: Bool[Array, ""]
 
 
 class DenoisingLangevinGibbsInfo(NamedTuple):
@@ -153,8 +156,11 @@ def denoising_langevin_gibbs(
 
 def _init(kernel, position, rng_key):
     """Draw the level that fits the sample."""
-    level = jax.random.categorical(rng_key, kernel.level_logits(position))
-    return DenoisingLangevinGibbsState(position, level)
+    logits = kernel.level_logits(position)
+    level = jax.random.categorical(rng_key, logits)
+    score = kernel.path.at(kernel.times[level]).score(position)
+    is_valid = jnp.all(jnp.isfinite(logits)) & jnp.all(jnp.isfinite(score))
+    return DenoisingLangevinGibbsState(position, level, is_valid)
 
 
 def _step(kernel, rng_key, state):
@@ -176,4 +182,4 @@ def _step(kernel, rng_key, state):
         jnp.any(infos.is_divergent),
         kernel.num_langevin_steps + 1,
     )
-    return DenoisingLangevinGibbsState(walker.position, level), info
+    return state._replace(position=walker.position, level=level), info
