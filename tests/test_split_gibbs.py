@@ -163,6 +163,21 @@ def test_decoupled_annealing_of_isotropic_gaussian_data(exact_draws):
     assert info.denoised.shape == x.shape and np.max(info.solve_residual) < 1e-3
 
 
+def _narrow(x):
+    return -50.0 * jnp.sum(x**4)
+
+
+def test_langevin_steps_that_diverge_are_told():
+    start = jnp.asarray([3.0, -2.0, 4.0])
+    for kernel, noise in ((split_gibbs, 0.5), (daps, jnp.asarray([1.0, 0.4, 0.0]))):
+        said = []
+        for step_size in (1e5, 1e-12):
+            algorithm = kernel(model(), _narrow, noise, num_steps=4, num_mala_steps=2, step_size=step_size)
+            state = algorithm.init(start, jax.random.key(0))
+            said.append(bool(algorithm.step(jax.random.key(1), state)[1].is_divergent))
+        assert said == [True, False], (kernel, said)
+
+
 def test_what_cannot_be_used_is_refused():
     network = smcdiff.Diffusion(model(), _denoise, SCHEDULE, "x0", (3,))
     split_gibbs(network, problem(), 0.5)  # a denoiser is enough

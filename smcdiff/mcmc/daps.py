@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import DiffusionModel
@@ -55,11 +55,14 @@ class DapsInfo(NamedTuple):
         Residual of the linear system, relative to its right-hand side; 0 where none was solved.
     denoised
         x0_hat, before the measurement.
+    is_divergent
+        Whether one of the Langevin steps diverged.
     """
 
     acceptance_rate: Float[Array, ""]
     solve_residual: Float[Array, ""]
     denoised: Float[Array, "*event"]
+    is_divergent: Bool[Array, ""]
 
 
 class _Kernel(eqx.Module):
@@ -146,7 +149,7 @@ def _step(kernel, rng_key, state):
     noisy = alpha * x + sigma * jax.random.normal(key_noise, x.shape, x.dtype)
     times = times_from(model.schedule, sigma / alpha, kernel.log_snr_max, kernel.num_steps)
     denoised = denoise_along(key_noise, model, noisy, times, eta=0.0)
-    x, acceptance, residual = kernel.likelihood(
+    x, acceptance, residual, is_divergent = kernel.likelihood(
         key_likelihood, denoised, denoised, kernel.width * sigma / alpha
     )
-    return DapsState(x, state.step + 1), DapsInfo(acceptance, residual, denoised)
+    return DapsState(x, state.step + 1), DapsInfo(acceptance, residual, denoised, is_divergent)

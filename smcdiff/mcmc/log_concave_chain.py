@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import DiffusionModel, HasLogDensity, require, warn_unless_diffusion
+from smcdiff.mcmc.combinators import has_diverged
 
 __all__ = ["LogConcaveChainInfo", "LogConcaveChainState", "log_concave_chain"]
 
@@ -64,10 +65,13 @@ class LogConcaveChainInfo(NamedTuple):
         Mean of the inner chain's; 1 if its kernel reports none.
     noise_std
         sigma/sqrt(m), the noise that is left in the mean.
+    is_divergent
+        Whether a step of the inner chain diverged; False if its kernel reports none.
     """
 
     acceptance_rate: Float[Array, ""]
     noise_std: Float[Array, ""]
+    is_divergent: Bool[Array, ""]
 
 
 class _Kernel(eqx.Module):
@@ -210,4 +214,4 @@ def _step(chain, rng_key, state):
     y = walker.position
     acceptance = jnp.mean(getattr(infos, "acceptance_rate", jnp.ones((), y.dtype)))
     state = LogConcaveChainState(law.denoise(y), y, law.new_mean(y), law.count)
-    return state, LogConcaveChainInfo(acceptance, law.left_std())
+    return state, LogConcaveChainInfo(acceptance, law.left_std(), has_diverged(infos))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from smcdiff.checks import check_count, check_positive
 from smcdiff.density import DiffusionModel, LogDensity, as_pytree, require, warn_unless_diffusion
@@ -78,11 +78,14 @@ class SplitGibbsInfo(NamedTuple):
         iterations are needed.
     rho
         Deviation of the noise between x and z in this step.
+    is_divergent
+        Whether one of the Langevin steps diverged.
     """
 
     acceptance_rate: Float[Array, ""]
     solve_residual: Float[Array, ""]
     rho: Float[Array, ""]
+    is_divergent: Bool[Array, ""]
 
 
 @runtime_checkable
@@ -105,11 +108,11 @@ class LikelihoodStep(eqx.Module):
     is_linear: bool = eqx.field(static=True)
 
     def __call__(self, rng_key, x, start, rho):
-        """A new z, the acceptance rate and the solver's residual; Langevin steps begin at ``start``."""
+        """A new z, the acceptance rate, the solver's residual, and divergence; Langevin steps begin at ``start``."""
         one = jnp.ones((), x.dtype)
         if self.is_linear:
             z, residual = condition_draw(rng_key, self.problem, x, rho, self.max_iterations)
-            return z, one, residual
+            return z, one, residual, jnp.zeros((), bool)
         target = LogDensity(Partial(_log_anchored, self.problem, x, rho))
         algorithm = mala(target, self.step_size / (1.0 / rho**2 + self.curvature))
         walker, infos = jax.lax.scan(
@@ -117,7 +120,7 @@ class LikelihoodStep(eqx.Module):
             algorithm.init(start, rng_key),
             jax.random.split(rng_key, self.num_mala_steps),
         )
-        return walker.position, jnp.mean(infos.acceptance_rate), 0.0 * one
+        return walker.position, jnp.mean(infos.acceptance_rate), 0.0 * one, jnp.any(infos.is_divergent)
 
 
 def likelihood_step(
@@ -263,9 +266,9 @@ def _step(kernel, rng_key, state):
     """The copy given sample and measurement, then the sample given the copy."""
     key_likelihood, key_prior = jax.random.split(rng_key)
     rho = kernel.rho[jnp.minimum(state.step, len(kernel.rho) - 1)].astype(state.position.dtype)
-    z, acceptance, residual = kernel.likelihood(key_likelihood, state.position, state.copy, rho)
+    z, acceptance, residual, is_divergent = kernel.likelihood(key_likelihood, state.position, state.copy, rho)
     x = _denoise(kernel, key_prior, z, rho)
-    return SplitGibbsState(x, z, state.step + 1), SplitGibbsInfo(acceptance, residual, rho)
+    return SplitGibbsState(x, z, state.step + 1), SplitGibbsInfo(acceptance, residual, rho, is_divergent)
 
 
 def _denoise(kernel, rng_key, z, rho):
