@@ -33,10 +33,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
 from smcdiff.checks import check_count
-from smcdiff.density import DiffusionModel, as_pytree, require, warn_unless_diffusion
+from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
 from smcdiff.mcmc.log_concave_chain import check_noise_std
 from smcdiff.mcmc.restart import denoise_along
-from smcdiff.mcmc.split_gibbs import HasLogLikelihood, times_from
+from smcdiff.mcmc.split_gibbs import as_measurement, log_likelihood, times_from
 
 __all__ = ["AuxiliaryGradientInfo", "AuxiliaryGradientState", "auxiliary_gradient"]
 
@@ -88,8 +88,8 @@ class _Kernel(eqx.Module):
     order: int = eqx.field(static=True)
 
     def state_at(self, x):
-        function = self.problem.log_likelihood if isinstance(self.problem, HasLogLikelihood) else self.problem
-        return AuxiliaryGradientState(x, *jax.value_and_grad(function)(x))
+        value_and_gradient = jax.value_and_grad(log_likelihood, argnums=1)
+        return AuxiliaryGradientState(x, *value_and_gradient(self.problem, x))
 
 
 def auxiliary_gradient(
@@ -139,13 +139,7 @@ def auxiliary_gradient(
     """
     require(model, DiffusionModel, "auxiliary_gradient")
     warn_unless_diffusion(model, "auxiliary_gradient")
-    if not isinstance(problem, HasLogLikelihood):
-        if not callable(problem):
-            raise TypeError(
-                f"problem must be an InverseProblem, an object with log_likelihood(x), or a function x -> log "
-                f"likelihood, got {type(problem).__name__}."
-            )
-        problem = as_pytree(problem)
+    problem = as_measurement(problem)
     check_noise_std("rho", rho, model)
     check_count("num_steps", num_steps, 2)
     if order not in (1, 2):

@@ -43,7 +43,9 @@ __all__ = [
     "LikelihoodStep",
     "SplitGibbsInfo",
     "SplitGibbsState",
+    "as_measurement",
     "likelihood_step",
+    "log_likelihood",
     "split_gibbs",
 ]
 
@@ -144,14 +146,25 @@ def likelihood_step(
     if isinstance(problem, InverseProblem):
         problem.operator.check(model.event_shape)
         is_linear = isinstance(problem.operator, LinearOperator) and isinstance(problem.noise, GaussianNoise)
-    elif not isinstance(problem, HasLogLikelihood):
-        if not callable(problem):
-            raise TypeError(
-                f"problem must be an InverseProblem, an object with log_likelihood(x), or a function x -> log "
-                f"likelihood, got {type(problem).__name__}."
-            )
-        problem = as_pytree(problem)
+    problem = as_measurement(problem)
     return LikelihoodStep(problem, step_size, curvature, num_mala_steps, max_iterations, is_linear)
+
+
+def as_measurement(problem: Any) -> Any:
+    """What has a ``log_likelihood(x)``, or the function itself as a pytree; a `TypeError` if it is neither."""
+    if isinstance(problem, HasLogLikelihood):
+        return problem
+    if not callable(problem):
+        raise TypeError(
+            f"problem must be an InverseProblem, an object with log_likelihood(x), or a function x -> log "
+            f"likelihood, got {type(problem).__name__}."
+        )
+    return as_pytree(problem)
+
+
+def log_likelihood(problem: Any, x: Float[Array, "*event"]) -> Float[Array, ""]:
+    """log L at one sample ``x``, of what `as_measurement` returned."""
+    return problem.log_likelihood(x) if isinstance(problem, HasLogLikelihood) else problem(x)
 
 
 class _Kernel(eqx.Module):
@@ -296,5 +309,4 @@ def condition_draw(rng_key, problem: InverseProblem, x, rho, max_iterations: int
 
 
 def _log_anchored(problem, x, rho, z):
-    log_likelihood = problem.log_likelihood if isinstance(problem, HasLogLikelihood) else problem
-    return log_likelihood(z) - 0.5 * jnp.sum(((z - x) / rho) ** 2)
+    return log_likelihood(problem, z) - 0.5 * jnp.sum(((z - x) / rho) ** 2)
