@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_between", "check_count", "check_positive", "check_start"]
+__all__ = ["check_between", "check_count", "check_order", "check_positive", "check_start"]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -29,6 +29,12 @@ def check_between(name: str, value: Any, low: float, high: float) -> None:
     """Raise a `ValueError` unless ``value`` lies in [low, high); tracers pass."""
     if not isinstance(value, jax.core.Tracer) and not low <= value < high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}), got {value}.")
+
+
+def check_order(order: Any) -> None:
+    """Raise a `ValueError` unless ``order`` is 1 or 2."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}.")
 
 
 def check_start(state: Any, name: str) -> None:

@@ -2,22 +2,21 @@
 
 Posteriors of Gaussian mixtures under linear measurements are mixtures; that of counts is integrated on a grid. Chains
 start exact, are independent, and must keep every mean feature to 5 standard errors over the chains: under normality one
-false failure in 10^6 checks. With 40 reverse steps the error of the reverse process is below a tenth of one. A factor
-of 2 in rho^2 g, or its sign, is off by more than 20.
+false failure in 10^6 checks. With 40 reverse steps the error of the reverse process is well below one. Half or twice
+the drift rho^2 g, a factor of 2 in the acceptance, or no rejection, are off by 11 to 72.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import quick
 from scipy import stats
 
 import smcdiff
 from smcdiff import inverse, mcmc, schedules
 from smcdiff.mcmc.auxiliary_gradient import _height, auxiliary_gradient
 
-NUM_CHAINS, Z = 8000, 5.0
+NUM_CHAINS, NUM_STEPS, Z = 16_000, 12, 5.0
 SCHEDULE = schedules.cosine()
 WEIGHTS = np.array([0.3, 0.7])
 MEANS = np.array([[-1.2, 0.4], [0.8, -0.5]])
@@ -76,9 +75,8 @@ def gaussian():
 
 
 CASES = {
-    "linear, rho .3": (mixture, linear_problem, 0.3, linear_posterior, linear_features),
-    "linear, rho .5": (mixture, linear_problem, 0.5, linear_posterior, linear_features),
-    "counts": (gaussian, lambda: counts_log_likelihood, 0.5, counts_posterior, counts_features),
+    "linear": (mixture, linear_problem, 0.5, linear_posterior, linear_features),
+    "counts": (gaussian, lambda: counts_log_likelihood, 0.8, counts_posterior, counts_features),
 }
 
 
@@ -88,17 +86,17 @@ def run(name):
     trace = smcdiff.run(
         jax.random.key(1),
         auxiliary_gradient(make(), problem(), rho, num_steps=40),
-        6,
+        NUM_STEPS,
         position=jnp.asarray(start, jnp.float32),
         num_chains=NUM_CHAINS,
-        thin=6,
+        thin=NUM_STEPS,
         progress=False,
     )
     found = features(np.asarray(trace.samples[:, -1], float))
     return start, trace, (found.mean(0) - exact) / (found.std(0, ddof=1) / np.sqrt(NUM_CHAINS))
 
 
-@pytest.mark.parametrize("name", quick(CASES, "linear, rho .3", "counts"))
+@pytest.mark.parametrize("name", CASES)
 def test_the_posterior_is_left_alone(name):
     start, trace, errors = run(name)
     rate = float(trace.info.acceptance_rate.mean())

@@ -32,7 +32,7 @@ from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float
 
-from smcdiff.checks import check_count
+from smcdiff.checks import check_count, check_order
 from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
 from smcdiff.mcmc.log_concave_chain import check_noise_std
 from smcdiff.mcmc.restart import denoise_along
@@ -142,8 +142,7 @@ def auxiliary_gradient(
     problem = as_measurement(problem)
     check_noise_std("rho", rho, model)
     check_count("num_steps", num_steps, 2)
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    check_order(order)
     kernel = _Kernel(model, problem, rho, log_snr_max, num_steps, order)
     return SamplingAlgorithm(Partial(_init, kernel), Partial(_step, kernel))
 

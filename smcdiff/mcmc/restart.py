@@ -29,6 +29,7 @@ from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from smcdiff.checks import check_order
 from smcdiff.density import DiffusionModel, require, warn_unless_diffusion
 from smcdiff.reverse import reverse_transition
 
@@ -116,8 +117,7 @@ def restart(
     times = check_falling(times)
     if not isinstance(eta, jax.core.Tracer) and not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}.")
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    check_order(order)
     kernel = _Kernel(model, times, eta, order)
     return SamplingAlgorithm(Partial(_init, kernel), Partial(_step, kernel))
 

@@ -30,7 +30,7 @@ from blackjax.base import SamplingAlgorithm
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from smcdiff.checks import check_count, check_positive
+from smcdiff.checks import check_count, check_order, check_positive
 from smcdiff.density import DiffusionModel, LogDensity, as_pytree, require, warn_unless_diffusion
 from smcdiff.guidance.twist import whitened_apply, whitened_residual
 from smcdiff.inverse import GaussianNoise, InverseProblem, LinearOperator
@@ -238,8 +238,7 @@ def split_gibbs(
     )
     check_noise_std("rho", rho, model)
     check_count("num_steps", num_steps)
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}.")
+    check_order(order)
     rho = jnp.atleast_1d(jnp.asarray(rho, float))
     if rho.ndim != 1:
         raise ValueError(f"rho must be a number or have shape (K,), got {rho.shape}.")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from smcdiff.checks import check_count, check_positive
+from smcdiff.checks import check_count, check_order, check_positive
 from smcdiff.mcmc.auxiliary_gradient import auxiliary_gradient
 from smcdiff.mcmc.warmup import Adaptation, adapt_until, begin_adaptation, settings_at
 from smcdiff.ppl.site_kernel import SiteKernel
@@ -97,8 +97,7 @@ class AuxiliaryGradient(SiteKernel):
         check_count("num_steps", num_steps, 2)
         if not 0.0 < target_acceptance < 1.0:
             raise ValueError(f"target_acceptance must lie between 0 and 1, got {target_acceptance}.")
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}.")
+        check_order(order)
         self._rho, self._target_acceptance = rho, target_acceptance
         self._num_steps, self._order = num_steps, order
         self._num_warmup = 0  # set by `init`

@@ -22,14 +22,13 @@ from numpyro.infer import NUTS, Gibbs
 from numpyro.infer.hmc import HMCState
 
 from smcdiff.checks import check_count
-from smcdiff.ppl.auxiliary_gradient import AuxiliaryGradientKernelState
 from smcdiff.ppl.call import ModelCall, model_call
 from smcdiff.ppl.dependence import depends_on_input
 from smcdiff.ppl.kernel import AlgorithmKernelState
-from smcdiff.ppl.particle_gibbs import ParticleGibbs, ParticleGibbsKernelState
+from smcdiff.ppl.particle_gibbs import ParticleGibbs
 from smcdiff.ppl.particle_marginal import ParticleMarginal, ParticleMarginalKernelState
+from smcdiff.ppl.site_kernel import HasDerived, SiteState
 from smcdiff.ppl.sites import prior_of, without_prior_density
-from smcdiff.ppl.split_gibbs import SplitGibbsKernelState
 from smcdiff.run import Trace, run
 
 __all__ = ["SweepState", "gibbs_sweep", "infer"]
@@ -205,7 +204,7 @@ def _values(kernel, args, kwargs, state):
     """Sites of the model, and what a block has beside its own."""
     values = dict(kernel.postprocess_fn(args, kwargs)(state.z))
     for block in state.block_states:
-        if isinstance(block, SplitGibbsKernelState):
+        if isinstance(block, HasDerived):
             values |= block.derived()
     return values
 
@@ -223,9 +222,7 @@ def _statistics(state):
                 "step_size": block.adapt_state.step_size,
                 "energy": block.energy,
             }
-        elif isinstance(
-            block, ParticleGibbsKernelState | SplitGibbsKernelState | AuxiliaryGradientKernelState
-        ):
+        elif isinstance(block, SiteState):
             (name,) = block.z
             found |= {f"{name}.{key}": value for key, value in block.statistics().items()}
         elif isinstance(block, ParticleMarginalKernelState):

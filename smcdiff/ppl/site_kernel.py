@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
+from jaxtyping import Array
 from numpyro import handlers
 from numpyro.infer.mcmc import MCMCKernel
 
@@ -11,6 +13,26 @@ from smcdiff.ppl.call import model_call
 from smcdiff.ppl.sites import SiteLikelihood, prior_of
 
 __all__: list[str] = []
+
+
+@runtime_checkable
+class SiteState(Protocol):
+    """State of a `SiteKernel`: the site's value by its name, and what is reported of a step."""
+
+    z: dict[str, Array]
+
+    def statistics(self) -> dict[str, Array]:
+        """What is reported of a step."""
+        ...
+
+
+@runtime_checkable
+class HasDerived(Protocol):
+    """State of a kernel with more to return than its sites."""
+
+    def derived(self) -> dict[str, Array]:
+        """What is returned beside the sites, by name."""
+        ...
 
 
 class SiteKernel(MCMCKernel):

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from smcdiff.checks import check_count, check_positive
+from smcdiff.checks import check_count, check_order, check_positive
 from smcdiff.guidance.twist import whitened_residual
 from smcdiff.mcmc.log_concave_chain import check_noise_std
 from smcdiff.mcmc.restart import denoise_along
@@ -121,8 +121,7 @@ class SplitGibbs(SiteKernel):
         check_floor("rho", rho, log_snr_max)
         check_count("num_steps", num_steps)
         check_count("max_iterations", max_iterations)
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}.")
+        check_order(order)
         self._rho, self._log_snr_max = rho, log_snr_max
         self._num_steps, self._order, self._max_iterations = num_steps, order, max_iterations
 

@@ -63,7 +63,8 @@ class RdmcParticle(NamedTuple):
     estimator_state
         What the estimator carries along.
     num_evaluations
-        Evaluations of the target on the particle's way, with the estimator's own.
+        Evaluations of the target on the particle's way, with the estimator's own. With weights, 256 more at the start
+        are shared by all particles, and counted in none.
     num_invalid
         How many of the estimates on its way were flagged, those of Langevin steps at the start among them.
     least_ess
