@@ -20,8 +20,8 @@ SCHEDULE = schedules.ve(0.01, 30.0)
 TIMES = smcdiff.log_snr_times(SCHEDULE, 40, log_snr_max=4.0)
 
 
-class ScorePath:
-    """Hides the densities of a path; a pytree."""
+class ScoresAlone:
+    """Hides all of a path but its scores; a pytree."""
 
     def __init__(self, path):
         self.path = path
@@ -32,16 +32,21 @@ class ScorePath:
     def score(self, x, t):
         return self.path.score(x, t)
 
-    def denoise(self, x, t):
-        return self.path.denoise(x, t)
-
     def at(self, t):
         return smcdiff.Marginal(self, jnp.asarray(t))
 
 
-jax.tree_util.register_pytree_node(
-    ScorePath, lambda self: ((self.path,), None), lambda _, children: ScorePath(*children)
-)
+class ScorePath(ScoresAlone):
+    """Hides the densities of a path, and denoises."""
+
+    def denoise(self, x, t):
+        return self.path.denoise(x, t)
+
+
+for cls in (ScoresAlone, ScorePath):
+    jax.tree_util.register_pytree_node(
+        cls, lambda self: ((self.path,), None), lambda _, children, cls=cls: cls(*children)
+    )
 
 
 def parts():
@@ -173,13 +178,6 @@ def test_without_a_predictor_hardly_any_move_is_made():
 
 def test_a_path_of_scores_alone_is_denoised_by_them():
     """Tweedie's formula stands in for a method that the protocol of paths does not ask for."""
-
-    class ScoresAlone(ScorePath):
-        denoise = property()
-
-    jax.tree_util.register_pytree_node(
-        ScoresAlone, lambda self: ((self.path,), None), lambda _, children: ScoresAlone(*children)
-    )
     path, x, t = ScoresAlone(parts()[0]), jnp.asarray([0.7, -1.2]), TIMES[20]
     np.testing.assert_allclose(denoised(path, x, t), parts()[0].denoise(x, t), rtol=1e-4)
     fk = smcdiff.annealed_mcmc(path, times=TIMES[::20], step_sizes=0.1, steps_per_level=1)
