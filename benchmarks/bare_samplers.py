@@ -42,9 +42,9 @@ class Result(NamedTuple):
     evaluations: int
 
 
-def path_of(problem, estimator):
-    # Noise up to about the target's scale: beyond it, the start knows as much.
-    largest = 0.6 * radius(problem) if problem.is_annealed else 3.0 * problem.scale
+def path_of(problem, estimator, share=0.6):
+    """Noise up to about the target's scale, in many dimensions ``share`` of the radius."""
+    largest = share * radius(problem) if problem.is_annealed else 3.0 * problem.scale
     schedule = schedules.ve(0.01 * problem.width, largest)
     return rdmc_path(problem.target, schedule, estimator, rng_key=jax.random.key(0))
 
@@ -60,7 +60,6 @@ def radius(problem) -> float:
 
 def _reverse(problem, num_samples, evaluations, rng_key, **options):
     """rdmc with 64 steps, or with 48 and an annealed cloud: three sevenths of the evaluations anneal it."""
-    is_weighted = options.get("weights") == "marginal"
     if problem.is_annealed:
         num_steps, cloud = 48, 9
         levels = max(1, 3 * evaluations // (7 * cloud) - 1)
@@ -74,8 +73,14 @@ def _reverse(problem, num_samples, evaluations, rng_key, **options):
             evaluations // num_steps // 2 * 2, reference=(0.0, problem.scale), identity="combined"
         )
     path = path_of(problem, estimator)
+    return _follow(problem, num_samples, rng_key, path, num_steps, (0.0, problem.scale), **options)
+
+
+def _follow(problem, num_samples, rng_key, path, num_steps, start, **options):
+    """Down a path."""
+    is_weighted = options.get("weights") == "marginal"
     times = times_of(path, num_steps, problem.width)
-    fk = rdmc(path, times=times, start=(0.0, problem.scale), **options)
+    fk = rdmc(path, times=times, start=start, **options)
     # Resampling by rough estimates picks the lucky ones: there the last weight alone decides.
     threshold = 0.0 if problem.is_annealed else 0.5
     result = run_smc(rng_key, fk, num_samples, ess_threshold=threshold, progress=False)
@@ -85,6 +90,22 @@ def _reverse(problem, num_samples, evaluations, rng_key, **options):
         float(result.log_evidence[0]) if is_weighted else None,
         int(np.sum(result.particles.num_evaluations)),
     )
+
+
+def _weighted(problem, num_samples, evaluations, rng_key):
+    """rdmc with weights; in many dimensions from the samples of a first run without, on half of the evaluations."""
+    if not problem.is_annealed:
+        return _reverse(problem, num_samples, evaluations, rng_key, weights="marginal")
+    key_first, key_second = jax.random.split(rng_key)
+    first = _reverse(problem, num_samples, evaluations // 2, key_first)
+    pool, num_steps, num_moves = jnp.asarray(first.samples, jnp.float32), 64, 2
+    left = evaluations - first.evaluations // num_samples
+    cloud = max(2, left // (num_steps * num_moves + 1) - 1)
+    # Where nothing has to be annealed, more noise costs little, and the start has to know less.
+    path = path_of(problem, estimators.resample_move(pool, cloud, num_moves=num_moves), share=1.0)
+    start = (jnp.mean(pool, axis=0), jnp.std(pool, axis=0))
+    result = _follow(problem, num_samples, key_second, path, num_steps, start, weights="marginal")
+    return result._replace(evaluations=result.evaluations + first.evaluations)
 
 
 def _slips(problem, num_samples, evaluations, rng_key):
@@ -309,7 +330,7 @@ OURS = (*REVERSE, "slips", "diffusive Gibbs")
 SAMPLERS: dict[str, Callable] = {
     "rdmc": _reverse,
     "rdmc, draws": partial(_reverse, transition="draw"),
-    "rdsmc": partial(_reverse, weights="marginal"),
+    "rdsmc": _weighted,
     "slips": _slips,
     "diffusive Gibbs": _diffusive_gibbs,
     "parallel tempering": _parallel_tempering,

@@ -110,6 +110,11 @@ ROWS = {
         estimators.annealed_smc(200, 6, reference=REFERENCE, identity="combined", ess_threshold=0.99),
         0.0,
     ),
+    # What is left of the pool's own error, of an effective sample size of some thousands.
+    "resample-move": (
+        estimators.resample_move(MIXTURE.sample(jax.random.key(8), 40_000), 200, num_moves=2),
+        0.05,
+    ),
     "recursive": (
         estimators.recursive(estimators.importance(60), num_chains=6, num_steps=40, step_size=0.1),
         0.1,
@@ -124,7 +129,8 @@ ROWS = {
 }
 
 
-WITH_MARGINAL = [name for name, (row, _) in ROWS.items() if row.has_marginal]
+# That of resample-move is unbiased over pools, not for one: it has tests of its own.
+WITH_MARGINAL = [name for name, (row, _) in ROWS.items() if row.has_marginal and name != "resample-move"]
 
 
 def _estimate(estimator, keys, centre, width):
@@ -181,6 +187,7 @@ def _exact(index):
         "chains",
         "annealed",
         "annealed smc from a reference",
+        "resample-move",
         "recursive in two segments",
         "ensemble",
     ),
@@ -250,36 +257,72 @@ def test_marginal_is_unbiased(name):
         assert ratios.std() / np.sqrt(len(ratios)) < 0.05
 
 
-def test_a_cloud_that_is_carried_on_is_that_of_the_new_posterior_and_marginal():
-    """From one centre and width to the others, weighed and moved; the marginal is unbiased there too."""
-    target, estimator = (
-        as_target(_log_density),
-        estimators.annealed_smc(16, 12, num_moves=2, ess_threshold=0.7),
+def _annealed(key):
+    return estimators.annealed_smc(16, 12, num_moves=2, ess_threshold=0.7)
+
+
+def _pooled(key):
+    """From draws of the reference, which weigh as much as the density says."""
+    mean, std = REFERENCE
+    noise = jax.random.normal(key, (200, 2))
+    pool = mean[None] + std * noise
+    log_reference = -0.5 * jnp.sum(noise**2, axis=1) - np.log(2 * np.pi * std**2)
+    log_weights = jax.vmap(_log_density)(pool) - log_reference
+    return estimators.resample_move(
+        pool, 16, log_weights=log_weights, num_moves=2, ess_threshold=0.7, identity="denoising"
     )
 
+
+@pytest.mark.parametrize("build", [_annealed, _pooled], ids=["annealed smc", "resample-move"])
+def test_a_cloud_that_is_carried_on_is_that_of_the_new_posterior_and_marginal(build):
+    """From one centre and width to the others, weighed and moved; the marginal is unbiased at both."""
+    target = as_target(_log_density)
+
     @jax.jit
-    def carried(estimator, keys, order):
+    def carried(keys, order):
         def one(key):
-            keys = jax.random.split(key, 3)
+            key_build, *keys = jax.random.split(key, 4)
+            estimator = build(key_build)
             centres, widths = jnp.asarray(CENTRES)[order], jnp.asarray(WIDTHS)[order]
             state, _ = estimator.init(keys[0], target, centres[0], widths[0])
-            _, state = estimator(keys[1], target, centres[0], widths[0], state)
-            estimate, state = estimator(keys[2], target, centres[1], widths[1], state)
-            return estimate.log_marginal, estimate.denoised, state.log_step_size
+            first, state = estimator(keys[1], target, centres[0], widths[0], state)
+            second, state = estimator(keys[2], target, centres[1], widths[1], state)
+            return first, second, state.log_step_size
 
         return jax.vmap(one)(keys)
 
     order = np.array([1, 0])  # as noise falls; the other way round the weights have no variance
-    mean, variance, log_marginal = _exact(order[1])
-    found, denoised, log_step_size = carried(estimator, jax.random.split(jax.random.key(3), 4000), order)
-    ratios = np.exp(np.asarray(found, float) - log_marginal)
-    error = ratios.std() / np.sqrt(len(ratios))
-    assert abs(ratios.mean() - 1) < Z * error and error < 0.03
-    # Weighed by its marginal, a cloud is properly weighted: the mean of the posterior, without bias.
-    weighed = ratios[:, None] * (np.asarray(denoised, float) - mean)
-    error = weighed.std(0) / np.sqrt(len(ratios))
-    assert np.all(np.abs(weighed.mean(0)) < Z * error) and np.all(error < 0.05 * np.sqrt(variance))
+    *estimates, log_step_size = carried(jax.random.split(jax.random.key(3), 4000), order)
+    for index, found in zip(order, estimates, strict=True):
+        mean, variance, log_marginal = _exact(index)
+        ratios = np.exp(np.asarray(found.log_marginal, float) - log_marginal)
+        error = ratios.std() / np.sqrt(len(ratios))
+        assert abs(ratios.mean() - 1) < Z * error and error < 0.03
+        # Weighed by its marginal, a cloud is properly weighted: the mean of the posterior, without bias.
+        weighed = ratios[:, None] * (np.asarray(found.denoised, float) - mean)
+        error = weighed.std(0) / np.sqrt(len(ratios))
+        assert np.all(np.abs(weighed.mean(0)) < Z * error) and np.all(error < 0.05 * np.sqrt(variance))
     assert np.all(np.isfinite(log_step_size)) and np.std(log_step_size) > 0
+
+
+def test_a_cloud_from_samples_of_another_law_is_moved_to_the_posterior():
+    """The pool is twice too wide, about the wrong point, and has no weights: the moves mend that."""
+    pool = 0.8 + 2.0 * MIXTURE.sample(jax.random.key(8), 2000)
+    centre, width = CENTRES[0], WIDTHS[0]
+    mean, variance, _ = _exact(0)
+    keys = jax.random.split(jax.random.key(0), 100)
+    off = _estimates(
+        estimators.resample_move(pool, 50, step_size=1e-9, identity="denoising"), keys, centre, width
+    )
+    found = _estimates(
+        estimators.resample_move(pool, 50, num_moves=40, identity="denoising"), keys, centre, width
+    )
+    for values, expected in ((found.denoised, mean), (found.variance[:, None], variance)):
+        values = np.asarray(values, float)
+        error = values.std(0, ddof=1) / np.sqrt(len(values))
+        assert np.all(np.abs(values.mean(0) - expected) < Z * error)
+        assert np.all(error < 0.03 * np.sqrt(variance))
+    assert np.any(np.abs(np.mean(off.denoised, axis=0) - mean) > 0.2 * np.sqrt(variance))
 
 
 def test_copies_of_a_sample_count_as_one():
@@ -369,6 +412,7 @@ def _counted():
         "chains of a walk, combined",
         "annealed",
         "annealed smc",
+        "resample-move",
         "ensemble",
     ),
 )
@@ -509,6 +553,14 @@ def test_bad_input_raises():
         estimators.annealed_smc(4, num_moves=0)
     with pytest.raises(ValueError, match=r"^ess_threshold must lie in \[0, 1\)"):
         estimators.annealed_smc(4, ess_threshold=1.0)
+    with pytest.raises(ValueError, match=r"^num_moves must be a positive integer"):
+        estimators.resample_move(np.eye(3), num_moves=0)
+    with pytest.raises(ValueError, match=r"^samples must have the shape"):
+        estimators.resample_move(np.zeros((0, 2)))
+    with pytest.raises(ValueError, match=r"^samples must not all be the same"):
+        estimators.resample_move(np.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"^log_weights must have the shape \(3,\)"):
+        estimators.resample_move(np.eye(3), log_weights=np.zeros(2))
     with pytest.raises(TypeError, match=r"^base must be an estimator"):
         estimators.recursive(_log_density)
     with pytest.raises(ValueError, match=r"^depth must be a positive integer"):

@@ -213,6 +213,13 @@ CASES = {
     ),
 }
 
+
+def _pool():
+    mode = np.repeat([0, 1], [150, 50])
+    noise = np.random.default_rng(0).standard_normal((200, 2))
+    return np.float32(MEANS[mode] + 2.0 * math.sqrt(VARIANCE) * noise)
+
+
 # Estimator, particles and resampling threshold.
 WEIGHING = {
     "mixture, importance": (estimators.importance(24, reference=REFERENCE, antithetic=False), 256, 0.5),
@@ -228,6 +235,8 @@ WEIGHING = {
         256,
         0.0,
     ),
+    # From samples with too much of the first mode, and of twice the width.
+    "mixture, resample-move": (estimators.resample_move(_pool(), 16, num_moves=2), 256, 0.0),
     "mixture, exact": (_Exact(), 64, 0.5),
     "Gaussian, importance": (estimators.importance(16, reference=REFERENCE), 64, 0.5),
     "Gaussian in 5 dimensions, importance": (
@@ -239,7 +248,9 @@ WEIGHING = {
 }
 
 
-@pytest.mark.parametrize("name", quick(WEIGHING, "Gaussian, importance", "hard edges, importance"))
+@pytest.mark.parametrize(
+    "name", quick(WEIGHING, "mixture, resample-move", "Gaussian, importance", "hard edges, importance")
+)
 def test_evidence_is_unbiased(name):
     """Means over 200 runs of 10 steps, known to .03, with estimates that are far from exact."""
     estimator, num, ess_threshold = WEIGHING[name]

@@ -69,14 +69,18 @@ class _Level(eqx.Module):
         return -0.5 * jnp.sum(scaled**2), -scaled / self.prior.std
 
 
-def annealing_levels(num_levels, power, step_size, target_acceptance, identity) -> Float[Array, " levels+1"]:
-    """b_k = (k / K)^power, when what annealing estimators share has been checked; see `annealed_importance`."""
+def annealing_levels(num_levels, power) -> Float[Array, " levels+1"]:
+    """b_k = (k / K)^power."""
     check_count("num_levels", num_levels)
-    check_positive("step_size", step_size)
     check_positive("power", power)
+    return jnp.linspace(0.0, 1.0, num_levels + 1) ** power
+
+
+def check_moves(step_size, target_acceptance, identity) -> None:
+    """Raise a `ValueError` unless an estimator that moves its samples can have these settings."""
+    check_positive("step_size", step_size)
     check_between("target_acceptance", target_acceptance, 1e-6, 1.0)
     check_identity(identity)
-    return jnp.linspace(0.0, 1.0, num_levels + 1) ** power
 
 
 def unit_step(prior: Proposal) -> Float[Array, ""]:
@@ -247,10 +251,10 @@ def annealed_importance(
     check_count("num_samples", num_samples)
     check_count("steps_per_level", steps_per_level)
     check_count("num_pilots", num_pilots, least=0)
-    betas = annealing_levels(num_levels, power, step_size, target_acceptance, identity)
+    check_moves(step_size, target_acceptance, identity)
     return _Annealed(
         as_reference(reference),
-        betas,
+        annealing_levels(num_levels, power),
         step_size,
         target_acceptance,
         num_samples,

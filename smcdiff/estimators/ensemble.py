@@ -31,15 +31,31 @@ class _Ensemble(ScoreEstimator):
 
     def __call__(self, rng_key, target, centre, width, state):
         """Weigh the samples by their distance to the centre."""
-        count = self.samples.shape[0]
-        scaled = (self.samples - centre[None]).reshape(count, -1) / width
-        log_weights = self.log_weights - 0.5 * jnp.sum(scaled**2, axis=-1)
+        log_weights, log_marginal = weigh(self.samples, self.log_weights, centre, width)
         denoised, draw, variance, ess, is_valid = summarise(
             rng_key, self.samples, log_weights, None, centre, width, "denoising"
         )
-        log_normaliser = centre.size * (jnp.log(width) + 0.5 * math.log(2.0 * math.pi)) + math.log(count)
-        log_marginal = jax.nn.logsumexp(log_weights) - log_normaliser
         return Estimate(denoised, draw, variance, log_marginal, ess, is_valid, 0), state
+
+
+def weigh(samples, log_weights, centre, width):
+    """Log weights w_j N(X_j; c, r^2 I) of the samples, up to a constant, and the log of their mean."""
+    count = samples.shape[0]
+    scaled = (samples - centre[None]).reshape(count, -1) / width
+    log_weights = log_weights - 0.5 * jnp.sum(scaled**2, axis=-1)
+    log_normaliser = centre.size * (jnp.log(width) + 0.5 * math.log(2.0 * math.pi)) + math.log(count)
+    return log_weights, jax.nn.logsumexp(log_weights) - log_normaliser
+
+
+def as_ensemble(samples, log_weights) -> tuple[Float[Array, "n *event"], Float[Array, " n"]]:
+    """Samples and log weights as arrays, zeros by default; a `ValueError` if there is not one for each."""
+    samples = jnp.asarray(samples)
+    if samples.ndim < 1 or samples.shape[0] < 1:
+        raise ValueError(f"samples must have the shape (n, *event) with n > 0, got {samples.shape}.")
+    weights = jnp.zeros(samples.shape[0], samples.dtype) if log_weights is None else jnp.asarray(log_weights)
+    if weights.shape != samples.shape[:1]:
+        raise ValueError(f"log_weights must have the shape {samples.shape[:1]}, got {weights.shape}.")
+    return samples, weights
 
 
 def ensemble(
@@ -66,10 +82,4 @@ def ensemble(
 
     Source: "Closed-Form Diffusion Models", arXiv 2310.12395.
     """
-    samples = jnp.asarray(samples)
-    if samples.ndim < 1 or samples.shape[0] < 1:
-        raise ValueError(f"samples must have the shape (n, *event) with n > 0, got {samples.shape}.")
-    weights = jnp.zeros(samples.shape[0], samples.dtype) if log_weights is None else jnp.asarray(log_weights)
-    if weights.shape != samples.shape[:1]:
-        raise ValueError(f"log_weights must have the shape {samples.shape[:1]}, got {weights.shape}.")
-    return _Ensemble(samples, weights)
+    return _Ensemble(*as_ensemble(samples, log_weights))
