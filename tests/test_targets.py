@@ -45,6 +45,7 @@ ROWS = {
     "forty wide modes": Row(lambda: targets.forty_modes(side=80.0, std=math.log1p(math.e)), None),
     "forty modes, 20-d": Row(lambda: targets.forty_modes(20), None, slow=True),
     "two modes": Row(lambda: targets.two_modes(8), "fit"),
+    "two modes, 128-d": Row(lambda: targets.two_modes(128), None, slow=True),
     "two modes, 0.1": Row(lambda: targets.two_modes(2, 0.1), "plane", slow=True),
     "skewed modes": Row(lambda: targets.skewed_modes(), "plane", slow=True),
     "skewed modes, 5-d": Row(lambda: targets.skewed_modes(5), "fit", slow=True),
