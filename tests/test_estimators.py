@@ -403,6 +403,19 @@ def _counted():
     return function, calls
 
 
+@pytest.mark.parametrize("name", quick(ROWS, "importance", "annealed smc", "resample-move"))
+def test_double_precision(name):
+    """Centres in double precision give estimates in it, whatever the precision of an estimator's own arrays."""
+    with jax.enable_x64(True):
+        centre, width = jnp.asarray(CENTRES[0], float), jnp.asarray(WIDTHS[0], float)
+        found = _estimates(ROWS[name][0], jax.random.split(jax.random.key(4), 4), centre, width)
+        assert found.is_valid.all()
+        for leaf in (found.denoised, found.draw, found.variance, found.log_marginal, found.ess):
+            assert leaf.dtype == np.float64
+        mean, variance, _ = _exact(0)
+        assert np.all(np.abs(found.denoised.mean(0) - mean) < 0.5 * np.sqrt(variance))
+
+
 @pytest.mark.parametrize(
     "name",
     quick(

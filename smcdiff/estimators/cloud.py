@@ -114,7 +114,7 @@ class Cloud(ScoreEstimator):
         is_uneven = 1.0 / jnp.sum(weights**2) < self.ess_threshold * self.num_samples
         is_uneven &= jnp.isfinite(log_mean)
         chosen = 1 + systematic(key_resample, weights, self.num_samples)
-        ancestors = jnp.where(is_uneven, chosen, jnp.arange(1, self.num_samples + 1))
+        ancestors = jnp.where(is_uneven, chosen, jnp.arange(1, self.num_samples + 1, dtype=chosen.dtype))
         ancestors = jnp.pad(ancestors, (1, 0))  # the scout stays
         log_weights = jnp.where(is_uneven, 0.0, log_weights)
         log_marginal = cloud.log_marginal + jnp.where(is_uneven, log_mean, 0.0)

@@ -31,9 +31,10 @@ class _Ensemble(ScoreEstimator):
 
     def __call__(self, rng_key, target, centre, width, state):
         """Weigh the samples by their distance to the centre."""
-        log_weights, log_marginal = weigh(self.samples, self.log_weights, centre, width)
+        samples = self.samples.astype(centre.dtype)
+        log_weights, log_marginal = weigh(samples, self.log_weights, centre, width)
         denoised, draw, variance, ess, is_valid = summarise(
-            rng_key, self.samples, log_weights, None, centre, width, "denoising"
+            rng_key, samples, log_weights, None, centre, width, "denoising"
         )
         return Estimate(denoised, draw, variance, log_marginal, ess, is_valid, 0), state
 
@@ -42,7 +43,7 @@ def weigh(samples, log_weights, centre, width):
     """Log weights w_j N(X_j; c, r^2 I) of the samples, up to a constant, and the log of their mean."""
     count = samples.shape[0]
     scaled = (samples - centre[None]).reshape(count, -1) / width
-    log_weights = log_weights - 0.5 * jnp.sum(scaled**2, axis=-1)
+    log_weights = log_weights.astype(centre.dtype) - 0.5 * jnp.sum(scaled**2, axis=-1)
     log_normaliser = centre.size * (jnp.log(width) + 0.5 * math.log(2.0 * math.pi)) + math.log(count)
     return log_weights, jax.nn.logsumexp(log_weights) - log_normaliser
 
