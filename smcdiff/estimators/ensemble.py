@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from smcdiff.estimators.estimator import Estimate, ScoreEstimator, summarise
 
-__all__ = ["ensemble"]
+__all__ = ["as_ensemble", "ensemble", "weigh"]
 
 
 class _Ensemble(ScoreEstimator):
