@@ -5,8 +5,8 @@ From a unit vector x with the level log T = log p(x) - E, E ~ Exp(1), the great 
     x(w) = x cos w + y sin w,    y uniform on the unit sphere orthogonal to x,
 
 is cut at an angle w ~ U(0, 2 pi), which is also the first proposal; outside the slice {log p >= log T} the bracket
-[w - 2 pi, w] shrinks towards w = 0 and a new angle is drawn from it, until one lies in the slice. Every proposal is
-normalised anew, so that rounding does not add up.
+[w - 2 pi, w] shrinks towards w = 0 and a new angle is drawn from it, until one lies in the slice. The new sample is
+normalised, so that rounding does not add up.
 
 Sources: Habeck, Hasenpflug, Kodgirwar and Rudolf, "Geodesic slice sampling on the sphere", arXiv 2301.08056; Schär,
 Habeck and Rudolf, "Gibbsian Polar Slice Sampling", arXiv 2302.03945 (the same move within polar coordinates).
@@ -23,7 +23,15 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from smcdiff.checks import check_count
-from smcdiff.mcmc.slice_1d import SliceInfo, SliceState, draw_level, init_slice, shrink, slice_target
+from smcdiff.mcmc.slice_1d import (
+    SliceInfo,
+    SliceState,
+    draw_level,
+    draw_numbers,
+    init_slice,
+    shrink,
+    slice_target,
+)
 
 __all__ = ["geodesic_slice", "great_circle", "shrink_turn"]
 
@@ -77,18 +85,18 @@ def _init(kernel, position, rng_key):
 
 
 def _step(kernel, rng_key, state):
-    key_uniforms, key_circle = jax.random.split(rng_key)
     x, unravel = ravel_pytree(state.position)
-    circle = great_circle(key_circle, x)
+    u, noise = draw_numbers(rng_key, 2 + kernel.max_shrinkage, x)
+    circle = great_circle(x, noise)
 
     def curve(angle):
         logdensity = kernel.target.logdensity(unravel(circle(angle)))
         return logdensity, logdensity
 
-    u = jax.random.uniform(key_uniforms, (2 + kernel.max_shrinkage,), x.dtype)
     level = draw_level(u[0], state.logdensity)
     turn = shrink_turn(u[1:], curve, level, state.logdensity)
-    x = jnp.where(turn.is_found, circle(turn.offset), x)
+    new = circle(turn.offset)
+    x = jnp.where(turn.is_found, new / jnp.linalg.norm(new), x)
     info = SliceInfo(
         turn.is_found.astype(x.dtype),
         turn.is_found,
@@ -100,17 +108,17 @@ def _step(kernel, rng_key, state):
     return SliceState(unravel(x), turn.logdensity), info
 
 
-def great_circle(rng_key, x):
-    """The great circle through the unit vector ``x`` in a uniform direction, as a function of the angle from ``x``."""
-    noise = jax.random.normal(rng_key, x.shape, x.dtype)
-    tangent = noise - jnp.sum(noise * x) * x
-    tangent = tangent / jnp.linalg.norm(tangent)
+def great_circle(x, noise):
+    """The great circle through the unit vector ``x`` towards ``noise``, as a function of the angle from ``x``.
 
-    def circle(angle):
-        turned = x * jnp.cos(angle) + tangent * jnp.sin(angle)
-        return turned / jnp.linalg.norm(turned)
-
-    return circle
+    Its points have the norm 1 but for rounding: what is drawn is made orthogonal to ``x`` twice, because once leaves a
+    rest where the two are almost parallel.
+    """
+    tangent = noise
+    for _ in range(2):
+        tangent = tangent - jnp.sum(tangent * x) * x
+        tangent = tangent / jnp.linalg.norm(tangent)
+    return lambda angle: x * jnp.cos(angle) + tangent * jnp.sin(angle)
 
 
 def shrink_turn(u, curve, level, logdensity):

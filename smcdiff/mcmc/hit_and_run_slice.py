@@ -14,7 +14,6 @@ generating multivariate distributions", Mathematics of Operations Research 18 (1
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from blackjax.base import SamplingAlgorithm
 from jax.flatten_util import ravel_pytree
@@ -27,6 +26,7 @@ from smcdiff.mcmc.slice_1d import (
     SliceInfo,
     SliceState,
     draw_level,
+    draw_numbers,
     init_slice,
     shrink,
     slice_target,
@@ -90,10 +90,8 @@ def hit_and_run_slice(
 
 
 def _step(kernel, rng_key, state):
-    key_uniforms, key_line = jax.random.split(rng_key)
     x, unravel = ravel_pytree(state.position)
-    u = jax.random.uniform(key_uniforms, (4 + kernel.max_shrinkage,), x.dtype)
-    noise = jax.random.normal(key_line, x.shape, x.dtype)
+    u, noise = draw_numbers(rng_key, 4 + kernel.max_shrinkage, x)
     factor = None if kernel.factor is None else kernel.factor.astype(x.dtype)
     direction = from_whitened(factor, noise / jnp.linalg.norm(noise))
 

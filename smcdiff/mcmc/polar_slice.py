@@ -11,7 +11,7 @@ and on the slice (r, theta) is uniform.
 `polar_slice` (Gibbsian polar slice sampling) renews first theta and then r, both with the same level:
 
     theta   y ~ uniform on the unit sphere orthogonal to theta, w ~ U(0, 2 pi), bracket [w - 2 pi, w];
-            theta' = (theta cos w + y sin w) / norm, shrinking the bracket towards w = 0 until l(r, theta') >= log T
+            theta' = theta cos w + y sin w, shrinking the bracket towards w = 0 until l(r, theta') >= log T
     r       stepping out from r by intervals of a width, clipped at 0, and shrinkage towards r, at the new theta
 
 `radial_polar_slice` is for targets whose density depends on r alone, log p = log f(r), and whose l has one mode in r.
@@ -45,6 +45,7 @@ from smcdiff.mcmc.slice_1d import (
     SliceInfo,
     SliceState,
     draw_level,
+    draw_numbers,
     init_slice,
     shrink,
     slice_target,
@@ -119,7 +120,6 @@ def _init(kernel, position, rng_key):
 
 def _step(kernel, rng_key, state):
     """One level; then the direction, then the radius."""
-    key_uniforms, key_circle = jax.random.split(rng_key)
     x, unravel = ravel_pytree(state.position)
     d = _dimension(x, "polar_slice")
     radius, direction = to_polar(kernel.map.to_standard(x))
@@ -132,12 +132,13 @@ def _step(kernel, rng_key, state):
         return (d - 1) * jnp.log(radius) + logdensity, logdensity
 
     for_turn = 2 + kernel.max_shrinkage
-    u = jax.random.uniform(key_uniforms, (for_turn + 3 + kernel.max_shrinkage,), x.dtype)
+    u, noise = draw_numbers(rng_key, for_turn + 3 + kernel.max_shrinkage, x)
     level = draw_level(u[0], (d - 1) * jnp.log(radius) + state.logdensity)
 
-    circle = great_circle(key_circle, direction)
+    circle = great_circle(direction, noise)
     turn = shrink_turn(u[1:for_turn], lambda angle: height(radius, circle(angle)), level, state.logdensity)
-    direction = jnp.where(turn.is_found, circle(turn.offset), direction)
+    turned = circle(turn.offset)
+    direction = jnp.where(turn.is_found, turned / jnp.linalg.norm(turned), direction)
 
     def ray(offset):
         return height(radius + offset, direction)

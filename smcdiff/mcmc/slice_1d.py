@@ -15,7 +15,7 @@ could have rejected on the way back. Neither shows in the samples, so `SliceInfo
 The test whether a point lies in the slice is made in the body of a loop and carried to its condition. Made in the
 condition it runs twice under `vmap`, and where single precision rounds the two differently the loop never ends.
 The test is >=, so that the current point passes where the level and its log density round to the same number.
-All uniform numbers of a step are drawn ahead: within a loop a call of the generator costs more than many numbers.
+All random numbers of a step are drawn ahead, by one call of the generator, which costs more than many numbers.
 
 Source: Neal, "Slice sampling", Annals of Statistics 31 (2003), sections 4.1 and 4.2.
 """
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from smcdiff.density import SCORE_KERNELS, HasLogDensity, as_target, require
 
@@ -35,6 +36,7 @@ __all__ = [
     "SliceInfo",
     "SliceState",
     "draw_level",
+    "draw_numbers",
     "init_slice",
     "shrink",
     "slice_target",
@@ -117,6 +119,15 @@ def slice_target(target: Any, who: str) -> Any:
 def init_slice(kernel, position, rng_key):
     """Evaluate the target at the start."""
     return SliceState(position, kernel.target.logdensity(position))
+
+
+def draw_numbers(
+    rng_key: PRNGKeyArray, num_uniforms: int, x: Float[Array, " d"]
+) -> tuple[Float[Array, " num_uniforms"], Float[Array, " d"]]:
+    """Numbers uniform in [0, 1), and standard normal ones like ``x``, by one call of the generator."""
+    u = jax.random.uniform(rng_key, (num_uniforms + x.size,), x.dtype)
+    symmetric = jnp.maximum(2 * u[num_uniforms:] - 1, jnp.finfo(x.dtype).epsneg - 1)  # -1 would be infinite
+    return u[:num_uniforms], np.sqrt(2).astype(x.dtype) * jax.lax.erf_inv(symmetric)
 
 
 def draw_level(u: Float[Array, ""], height: Float[Array, ""]) -> Float[Array, ""]:
@@ -218,20 +229,21 @@ def shrink(
     Source: Neal, "Slice sampling", figure 5.
     """
 
+    is_left = jnp.array([True, False])
+
     def body(carry):
-        offset, left, right, kept, _, count = carry
+        offset, bracket, _, _, count = carry
         height, new = curve(offset)
         is_found = _lies_above(height, level)
-        left = jnp.where(~is_found & (offset < 0), offset, left)
-        right = jnp.where(~is_found & (offset >= 0), offset, right)
-        offset = jnp.where(is_found, offset, left + places[count] * (right - left))
-        return offset, left, right, jnp.where(is_found, new, kept), is_found, count + 1
+        bracket = jnp.where(is_left == (offset < 0), offset, bracket)
+        another = bracket[0] + places[count] * (bracket[1] - bracket[0])
+        return jnp.where(is_found, offset, another), bracket, new, is_found, count + 1
 
-    start = (first, left, right, logdensity, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
-    offset, _, _, logdensity, is_found, count = jax.lax.while_loop(
+    start = (first, jnp.stack([left, right]), logdensity, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    offset, _, new, is_found, count = jax.lax.while_loop(
         lambda carry: ~carry[-2] & (carry[-1] < places.shape[0]), body, start
     )
-    return Found(jnp.where(is_found, offset, 0.0), logdensity, is_found, count)
+    return Found(jnp.where(is_found, offset, 0.0), jnp.where(is_found, new, logdensity), is_found, count)
 
 
 def _lies_above(height, level):
