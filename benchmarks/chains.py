@@ -18,7 +18,8 @@ each kernel does the same is checked by the mean of its acceptance rate.
 
 Bars: as many steps a second as either, and a compilation of at most 1.2 times BlackJAX's. Lines without a bar show
 smcdiff's kernel where everything that it reports is kept, as `smcdiff.run` does (log ratios, energies and the gap
-between two line integrals, which cost sums over the sample), and BlackJAX's NUTS, whose mapped chains wait for the
+between two line integrals, which cost sums over the sample), the same kernel with the chains in batches (the argument
+``batch_size`` of `smcdiff.run`), which a core's caches hold, and BlackJAX's NUTS, whose mapped chains wait for the
 longest tree.
 
 Command: ``taskset -c 0 python -m benchmarks chains``. With a core of its own, XLA does not share work among threads.
@@ -40,9 +41,11 @@ import smcdiff
 from benchmarks.common import bar, format_table
 from benchmarks.timing import spread
 from smcdiff import mcmc
+from smcdiff.batching import batched_map
 
 DIMENSION, COMPONENTS, LEAPFROG = 100, 5, 10
 STEP = {"mala": 0.05, "hmc": 0.25, "nuts": 0.25}  # accepted at rates of .96 and .97, as the table shows
+BATCH = 500  # chains that are advanced together, where that is asked for
 TARGETS = ("function", "mixture")
 KEYS = ("kernel", "target", "chains", "library")
 CHAINS = {1: 10_000, 100: 1000, 10_000: 20}  # number of chains: steps of MALA in one timing
@@ -92,6 +95,8 @@ def compare(args, kernel, target, num_chains, num_steps):
         del samplers["numpyro"]
     if kernel == "mala" or target == "mixture":
         del samplers["blackjax nuts"]
+    if num_chains <= BATCH:
+        del samplers[IN_BATCHES]
     programs = {name: make(kernel, target, mixture, positions, num_steps) for name, make in samplers.items()}
     compile_seconds = in_turns(
         {name: programs[name][0] for name in LIBRARIES if name in programs},
@@ -171,12 +176,18 @@ def log_density(mixture):
 # The samplers: each gives a function that compiles its loop, and the loop's arguments ---------------------------------
 
 
-def _smcdiff(kernel, target, mixture, positions, num_steps, keep=lambda info: info.acceptance_rate):
+def _smcdiff(
+    kernel, target, mixture, positions, num_steps, keep=lambda info: info.acceptance_rate, batch_size=None
+):
     def build(mixture, step_size):
         density = log_density(mixture) if target == "function" else mixture
         return mcmc.mala(density, step_size) if kernel == "mala" else mcmc.hmc(density, step_size, LEAPFROG)
 
-    return _loop(build, kernel, target, mixture, positions, num_steps, keep)
+    return _loop(build, kernel, target, mixture, positions, num_steps, keep, batch_size)
+
+
+def _in_batches(kernel, target, mixture, positions, num_steps):
+    return _smcdiff(kernel, target, mixture, positions, num_steps, batch_size=BATCH)
 
 
 def _all_info(kernel, target, mixture, positions, num_steps):
@@ -199,7 +210,7 @@ def _nuts(kernel, *case):
     return _blackjax("nuts", *case)
 
 
-def _loop(build, kernel, target, mixture, positions, num_steps, keep):
+def _loop(build, kernel, target, mixture, positions, num_steps, keep, batch_size=None):
     """The loop of `smcdiff.run`; the mixture is an argument where it is the target."""
     step_size = jnp.asarray(STEP[kernel])
     states = jax.jit(jax.vmap(lambda x: build(mixture, step_size).init(x, jax.random.key(0))))(positions)
@@ -209,8 +220,10 @@ def _loop(build, kernel, target, mixture, positions, num_steps, keep):
         algorithm = build(argument if target == "mixture" else mixture, step_size)
 
         def step(states, k):
-            folded = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
-            states, info = jax.vmap(algorithm.step)(folded, states)
+            advance = batched_map(
+                lambda key, state: algorithm.step(jax.random.fold_in(key, k), state), batch_size
+            )
+            states, info = advance(keys, states)
             return states, (states.position[:, 0], info.acceptance_rate, keep(info))
 
         return jax.lax.scan(step, states, jnp.arange(num_steps))[1]
@@ -255,11 +268,13 @@ def _finish(program, arguments):
     jax.block_until_ready(program(*arguments))
 
 
+IN_BATCHES = f"smcdiff, batches of {BATCH}"
 LIBRARIES = ("smcdiff", "blackjax", "numpyro")
 SAMPLERS = {
     "smcdiff": _smcdiff,
     "blackjax": _blackjax,
     "numpyro": _numpyro,
     "smcdiff, all it reports": _all_info,
+    IN_BATCHES: _in_batches,
     "blackjax nuts": _nuts,
 }

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
+from smcdiff.batching import batched_map
 from smcdiff.checkpoints.progress import RunFolder, fingerprint
 from smcdiff.checks import check_count, check_start
 
@@ -64,6 +65,7 @@ def run(
     num_chains: int = 1,
     transform: Callable[[Any, Any], PyTree] = keep_position,
     thin: int = 1,
+    batch_size: int | None = None,
     chunk_size: int | None = None,
     checkpoint: str | Path | None = None,
     sharding: NamedSharding | None = None,
@@ -89,6 +91,10 @@ def run(
         ``transform(state, info)`` gives what to keep of a step; a module-level function.
     thin
         Keep every ``thin``-th step.
+    batch_size
+        How many chains are advanced together, or None for all. It bounds memory and changes no number but by rounding.
+        On a CPU thousands of chains are up to twice as fast, or three times where they wait for each other as in slice
+        samplers, in batches of a few hundred, which its caches hold.
     chunk_size
         Kept steps per compiled chunk, after which they move off the device; about a tenth of the run if omitted. A
         last chunk that is shorter is a second program to compile.
@@ -123,7 +129,7 @@ def run(
 
     arrays, frozen = _split(algorithm)
     if state is None:
-        state = _start(arrays, rng_key, position, frozen, num_chains, sharding)
+        state = _start(arrays, rng_key, position, frozen, num_chains, batch_size, sharding)
         if position is not None:
             check_start(state, "position")
     num_kept = num_steps // thin
@@ -133,7 +139,9 @@ def run(
 
     def advance(program, chunk, state):
         first, count = firsts[chunk], counts[chunk]
-        return program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, sharding)
+        return program(
+            arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, batch_size, sharding
+        )
 
     chunks: list[PyTree] = []
     if checkpoint is not None:
@@ -215,21 +223,25 @@ def _place(state, sharding):
     return jax.tree.map(place, state)
 
 
-def _start_program(arrays, rng_key, position, frozen, num_chains, sharding):
+def _start_program(arrays, rng_key, position, frozen, num_chains, batch_size, sharding):
     algorithm = _join(arrays, frozen)
     keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
-    return _place(jax.vmap(lambda key, position: algorithm.init(position, key))(keys, position), sharding)
+    start = batched_map(lambda key, position: algorithm.init(position, key), batch_size)
+    return _place(start(keys, position), sharding)
 
 
-def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, sharding):
+def _chunk_program(
+    arrays, rng_key, state, first, frozen, transform, thin, count, num_chains, batch_size, sharding
+):
     """``count`` kept steps, from kept step number ``first``."""
     algorithm = _join(arrays, frozen)
     keys = jax.vmap(lambda chain: jax.random.fold_in(rng_key, chain))(jnp.arange(num_chains))
 
     def one_step(state, k):
-        state, info = jax.vmap(lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state))(
-            keys, state
+        step = batched_map(
+            lambda key, state: algorithm.step(jax.random.fold_in(key, k + 1), state), batch_size
         )
+        state, info = step(keys, state)
         return _place(state, sharding), info
 
     def kept_step(state, index):
@@ -241,12 +253,13 @@ def _chunk_program(arrays, rng_key, state, first, frozen, transform, thin, count
             state, info = jax.lax.fori_loop(
                 0, thin, lambda j, carry: one_step(carry[0], start + j), (state, info)
             )
-        return state, (jax.vmap(transform)(state, info), info)
+        return state, (batched_map(transform, batch_size)(state, info), info)
 
     return jax.lax.scan(kept_step, _place(state, sharding), jnp.arange(count))
 
 
-_start = jax.jit(_start_program, static_argnames=("frozen", "num_chains", "sharding"))
+_start = jax.jit(_start_program, static_argnames=("frozen", "num_chains", "batch_size", "sharding"))
 _chunk = jax.jit(
-    _chunk_program, static_argnames=("frozen", "transform", "thin", "count", "num_chains", "sharding")
+    _chunk_program,
+    static_argnames=("frozen", "transform", "thin", "count", "num_chains", "batch_size", "sharding"),
 )

@@ -162,10 +162,61 @@ def test_a_run_is_the_recursion_with_keys_by_chain_and_step():
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk_size": 1}, {"chunk_size": 7}, {"chunk_size": 24}, {"chunk_size": 100}, {"progress": True}],
+    [
+        {"chunk_size": 1},
+        {"chunk_size": 7},
+        {"chunk_size": 24},
+        {"chunk_size": 100},
+        {"progress": True},
+        {"batch_size": 1},
+        {"batch_size": 2},
+        {"batch_size": 5},
+    ],
 )
-def test_chunks_and_the_bar_change_no_number(options):
+def test_chunks_batches_and_the_bar_change_no_number(options):
     jax.tree.map(np.testing.assert_array_equal, run(), run(**options))
+
+
+_sizes = []
+
+
+@jax.custom_batching.custom_vmap
+def _probed(x):
+    return x
+
+
+@_probed.def_vmap
+def _note_size(axis_size, in_batched, x):
+    _sizes.append(axis_size)
+    return x, in_batched[0]
+
+
+def _probed_position(state, info):
+    return _probed(state.position)
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(None, {3}), (2, {2, 1}), (1, {1})])
+@pytest.mark.parametrize("part", ["init", "step", "transform"])
+def test_batches_are_what_is_advanced_together(part, batch_size, sizes):
+    def init(position, rng_key):
+        return State(_probed(position) if part == "init" else position, jnp.zeros(()))
+
+    def step(rng_key, state):
+        return state._replace(position=_probed(state.position) if part == "step" else state.position), ()
+
+    _sizes.clear()
+    options = {"transform": _probed_position} if part == "transform" else {}
+    smcdiff.run(
+        jax.random.key(0),
+        SamplingAlgorithm(init, step),
+        2,
+        position=START,
+        num_chains=3,
+        batch_size=batch_size,
+        progress=False,
+        **options,
+    )
+    assert set(_sizes) == sizes
 
 
 def test_thinning_keeps_every_kth_step():
@@ -241,6 +292,7 @@ def test_blackjax_algorithms_run_unchanged(algorithm):
         ({"num_chains": 0}, "num_chains must be a positive integer"),
         ({"thin": 0}, "thin must be a positive integer"),
         ({"thin": 5}, "num_steps must be a multiple of thin"),
+        ({"batch_size": 0}, "batch_size must be a positive integer or None"),
         ({"chunk_size": -2}, "chunk_size must be a positive integer"),
         ({"state": State(START, jnp.zeros(3))}, "not both"),
     ],
