@@ -16,8 +16,9 @@ cost     A chain against a compiled loop of as many evaluations of the density, 
          is small beside its source's, and for the mixture of the benchmark `chains` with 1, 100 and 10 000 chains.
          These three cannot be met by any sampler that draws a direction: its 100 random numbers cost a microsecond, and
          the dozen evaluations of a step two, so that the ratio is 1.4 at least. Mapped chains also wait in every loop
-         for the one that takes longest, 29 evaluations of 10 000 chains where the mean is 12. Beside them a smaller
-         regression, and the Cauchy law, whose density costs next to nothing, so that the ratio is large.
+         for the one that takes longest, so that 10 000 are measured in batches too, chains and bare density alike (the
+         argument ``batch_size`` of `smcdiff.run`). Beside them a smaller regression, and the Cauchy law, whose density
+         costs next to nothing, so that the ratio is large.
 
 The autocorrelation time of a chain is 1 + 2 sum of the first correlations, cut at the first pair of neighbours whose
 sum is negative (Geyer's initial positive sequence, as in Gelman et al., Bayesian Data Analysis, section 11.5), at half
@@ -41,6 +42,7 @@ from benchmarks import chains
 from benchmarks.common import bar, format_table
 from benchmarks.timing import in_turns, spread
 from smcdiff import targets
+from smcdiff.batching import batched_map
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice
 from smcdiff.run import run as run_chains
@@ -52,6 +54,7 @@ MEDIAN = float(np.sqrt(CAUCHY_D * stats.f.median(CAUCHY_D, 1)))
 DISK_SQUARE = 0.5 * (DISK_D - 1) + 0.5 / (1 + DISK_D)
 TAIL = 0.001
 EXPANSIONS = 1000  # tails as heavy as Cauchy's
+BATCH = 200  # chains that are advanced together, beside all of them
 
 
 def add_arguments(parser):
@@ -62,7 +65,7 @@ def add_arguments(parser):
     parser.add_argument("--disk-steps", type=int, default=10_000)
     parser.add_argument("--funnel-chains", type=int, default=200)
     parser.add_argument("--funnel-steps", type=int, default=50_000)
-    parser.add_argument("--cost-steps", type=int, default=1000, help="of all chains together, and 2 at least")
+    parser.add_argument("--cost-steps", type=int, default=1000, help="of all chains together, and 5 at least")
     parser.add_argument("--cost-chains", type=int, nargs="+", default=[1, 100, 10_000], help="on the mixture")
     parser.add_argument("--repeats", type=int, default=15, help="of the timing")
 
@@ -339,8 +342,8 @@ def funnel(args):
 # Cost ----------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="num_steps")
-def chains_alone(algorithm, positions, num_steps):
+@functools.partial(jax.jit, static_argnames=("num_steps", "batch_size"))
+def chains_alone(algorithm, positions, num_steps, batch_size):
     """Chains that keep nothing: their last states, and the evaluations that each made."""
 
     def chain(position):
@@ -352,23 +355,23 @@ def chains_alone(algorithm, positions, num_steps):
         start = (algorithm.init(position, jax.random.key(5)), jnp.zeros((), jnp.int32))
         return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
 
-    return side_by_side(chain, positions)
+    return side_by_side(chain, positions, batch_size)
 
 
-@jax.jit
-def bare(target, positions, num_evaluations):
+@functools.partial(jax.jit, static_argnames="batch_size")
+def bare(target, positions, num_evaluations, batch_size):
     """Nothing but evaluations, each at a point that depends on the one before."""
 
     def evaluate(_, x):
         return x * (1 + 1e-9 * jnp.tanh(target(x)))
 
-    return side_by_side(lambda x: jax.lax.fori_loop(0, num_evaluations, evaluate, x), positions)
+    return side_by_side(lambda x: jax.lax.fori_loop(0, num_evaluations, evaluate, x), positions, batch_size)
 
 
-def side_by_side(chain, positions):
-    """The chains mapped; one alone is not, which spares it the lockstep of loops."""
+def side_by_side(chain, positions, batch_size):
+    """The chains mapped, in batches if asked; one alone is not, which spares it the lockstep of loops."""
     if len(positions) > 1:
-        return jax.vmap(chain)(positions)
+        return batched_map(chain, batch_size)(positions)
     return jax.tree.map(lambda leaf: leaf[None], chain(positions[0]))
 
 
@@ -381,30 +384,33 @@ def regression(rng, size):
 def cost(args):
     rng = np.random.default_rng(6)
     cases = {
-        f"logistic regression, {size} x 55": (regression(rng, size), 1.0, np.full((1, 55), 0.1))
+        f"logistic regression, {size} x 55": (regression(rng, size), 1.0, np.full((1, 55), 0.1), None)
         for size in (5000, 1000)
     }
-    cases[f"Cauchy, d={CAUCHY_D}"] = (Partial(log_cauchy), 100.0, draw_cauchy(rng, 1))
+    cases[f"Cauchy, d={CAUCHY_D}"] = (Partial(log_cauchy), 100.0, draw_cauchy(rng, 1), None)
     mixture = chains.law()
     draws = mixture.sample(jax.random.key(6), max(args.cost_chains))
     for count in args.cost_chains:
         name = f"mixture, d={chains.DIMENSION}, {count} chain{'s' * (count > 1)}"
-        cases[name] = (Partial(log_mixture, mixture), 10.0, draws[:count])
+        case = Partial(log_mixture, mixture), 10.0, draws[:count]
+        cases[name] = (*case, None)
+        if count > BATCH:
+            cases[f"{name} in batches of {BATCH}"] = (*case, BATCH)
     rows, bars = [], []
-    for name, (target, width, start) in cases.items():
+    for name, (target, width, start, batch_size) in cases.items():
         position = jnp.asarray(start, jnp.float32)
-        num_steps = max(2, args.cost_steps // len(position))
+        num_steps = max(5, args.cost_steps // len(position))
         algorithm = polar_slice(target, width)
-        state, _ = chains_alone(algorithm, position, num_steps)
+        state, _ = chains_alone(algorithm, position, num_steps, batch_size)
         position = state.position  # past the transient
-        _, counts = chains_alone(algorithm, position, num_steps)
+        _, counts = chains_alone(algorithm, position, num_steps, batch_size)
         count = int(jnp.sum(counts)) // len(position)
+        chain = functools.partial(chains_alone, algorithm, position, num_steps, batch_size)
+        evaluate = functools.partial(bare, target, position, count, batch_size)
         seconds = in_turns(
             {
-                "chain": lambda a=algorithm, x=position, n=num_steps: jax.block_until_ready(
-                    chains_alone(a, x, n)
-                ),
-                "bare": lambda t=target, x=position, n=count: jax.block_until_ready(bare(t, x, n)),
+                "chain": lambda chain=chain: jax.block_until_ready(chain()),
+                "bare": lambda evaluate=evaluate: jax.block_until_ready(evaluate()),
             },
             args.repeats,
         )

@@ -5,6 +5,7 @@ Statistical checks allow 5 standard errors, estimated from independent chains: a
 """
 
 import functools
+import math
 
 import blackjax
 import jax
@@ -13,15 +14,16 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+import scipy.stats
 from jax.tree_util import Partial
 from mcmc_targets import features, targets
 
 import smcdiff
 from smcdiff.mcmc.affine_pool import _covariance, affine_map, affine_pool
-from smcdiff.mcmc.geodesic_slice import geodesic_slice
+from smcdiff.mcmc.geodesic_slice import geodesic_slice, great_circle
 from smcdiff.mcmc.hit_and_run_slice import hit_and_run_slice
 from smcdiff.mcmc.polar_slice import polar_slice, radial_polar_slice, to_polar
-from smcdiff.mcmc.slice_1d import SliceState, shrink, step_out
+from smcdiff.mcmc.slice_1d import SliceState, draw_numbers, shrink, step_out
 from smcdiff.moments import Moments, add_rows
 
 # Many programs are compiled here; tests/test_kernels.py has the kernels in the quick tests.
@@ -351,6 +353,26 @@ def _log_gamma(x):
 
 def _flat(_):
     return jnp.zeros(()), jnp.zeros(())
+
+
+def test_numbers_of_one_call_are_uniform_and_normal(monkeypatch):
+    x = jnp.zeros(200_000)
+    uniform, normal = draw_numbers(jax.random.key(20), 300_000, x)
+    assert (uniform.shape, normal.shape) == ((300_000,), x.shape)
+    # A false failure has the probability 1e-6 each.
+    assert scipy.stats.kstest(np.asarray(uniform, float), "uniform").pvalue > 1e-6
+    assert scipy.stats.kstest(np.asarray(normal, float), "norm").pvalue > 1e-6
+    assert abs(np.corrcoef(uniform[:200_000], normal)[0, 1]) < Z / math.sqrt(200_000)
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+    assert np.all(np.isfinite(draw_numbers(jax.random.key(0), 3, x)[1]))  # 0, one number in 8 million
+
+
+def test_great_circles_keep_their_norm_where_their_direction_is_almost_parallel():
+    x, across = jnp.asarray([0.6, 0.8, 0.0]), jnp.asarray([0.8, -0.6, 0.0])
+    circle = great_circle(x, 3.0 * x + 1e-3 * across)
+    points = jax.vmap(circle)(jnp.linspace(-3.0, 3.0, 50))
+    np.testing.assert_allclose(jnp.linalg.norm(points, axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(circle(jnp.asarray(np.pi / 2)), across, atol=2e-3)
 
 
 def test_stepping_out_is_capped_and_says_so():
