@@ -338,7 +338,7 @@ def test_slices_mix_in_the_centred_form():
     target, exact = eight("centered")
     noise = np.random.default_rng(2).normal(size=(CHAINS, 10))
     start = jnp.asarray(exact.moments.mean + 1.5 * exact.moments.std * noise, jnp.float32)
-    trace = run(hit_and_run_slice(target, 5.0), 40_000, start, 7)
+    trace = run(hit_and_run_slice(target, 5.0), 80_000, start, 7)
     samples = trace.samples[:, 8000:]
     check_moments(samples, exact)
     # The bars see a fortieth of a deviation: a chain that misses the neck, log tau < -1, is off by a fifth.
