@@ -93,8 +93,7 @@ def run(
         Keep every ``thin``-th step.
     batch_size
         How many chains are advanced together, or None for all. It bounds memory and changes no number but by rounding.
-        On a CPU thousands of chains are up to twice as fast, or three times where they wait for each other as in slice
-        samplers, in batches of a few hundred, which its caches hold.
+        On a CPU thousands of chains are up to twice as fast in batches of a few hundred, which its caches hold.
     chunk_size
         Kept steps per compiled chunk, after which they move off the device; about a tenth of the run if omitted. A
         last chunk that is shorter is a second program to compile.
